@@ -247,7 +247,7 @@ class NodeAccount:
         return slots is None or self.count() < slots
 
     @property
-    def _counts_by_model(self) -> bool:
+    def counts_by_model(self) -> bool:
         """Whether the node's slots are learned, so that they are counted for each model separately."""
         return self.max_parallel is None and self.learns_limit
 
@@ -288,7 +288,7 @@ class NodeAccount:
         members = self.group.accounts
         running: Collection[PlacedRequest]
         running = self.placed if len(members) == 1 else [placed for member in members for placed in member.placed]
-        if self._counts_by_model:
+        if self.counts_by_model:
             running = [placed for placed in running if (placed.model or "") == model]
             if not self.learned_slots.limit(model).has_been_full:
                 # In slow start each first token may prove one more slot, which is free before any request ends.
@@ -315,7 +315,7 @@ class NodeAccount:
         self.group.events += 1
         self.placed.add(placed)
         self.placed_by_model[model] = self.placed_by_model.get(model, 0) + 1
-        if self.learns_limit and self.max_parallel is None:  # ``_counts_by_model``
+        if self.learns_limit and self.max_parallel is None:  # ``counts_by_model``
             placed.sent = self.learned_slots.note_sent(model, now)
         if placed.demand.is_whole_text:  # nobody sees when its prompt is read: it counts as a stream from the beginning
             placed.stream_sum, placed.busy_sum = self.activity.begin_stream(now)

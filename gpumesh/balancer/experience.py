@@ -170,6 +170,15 @@ class Experience:
             placed.work.prompt_tokens if prompt_tokens is None else float(prompt_tokens), float(counters.tokens)
         )
 
+    def cost_correction(self, placed: PlacedRequest, counters: ServerCounters | None) -> float:
+        """The true cost of a request that has ended minus its expected cost, in weighted tokens; 0 if the true cost is
+        not known, and minus the expected cost if the server gave nothing. ``counters`` are the server's figures for a
+        whole answer; ``None``: the answer is not whole."""
+        if counters is None:
+            return -placed.work.cost if placed.first_token_at is None else 0.0
+        cost = self.true_cost(placed, self.correct_counts(placed, counters))
+        return 0.0 if cost is None else cost - placed.work.cost
+
     def _choose_rates(self, account: NodeAccount, model: str, now: float, *, has_load: bool) -> Sequence[ServiceRates]:
         """The rates that learn from an answer: the rates of its node, and often also the rates of the fleet. In a large
         fleet there are so many answers that a part of them is enough for the fleet's rates. ``has_load``: the answer

@@ -167,6 +167,16 @@ class FairQueue(Generic[T]):
         lanes = self._groups.get(group, {})
         return [lanes[priority].head for priority in Priority if priority in lanes]
 
+    def best_of_each_class(self, groups: Iterable[Hashable]) -> list[QueueEntry[T]]:
+        """The request that goes next in each class among these groups, the highest class first. Classes without waiting
+        requests are left out."""
+        best: dict[int, Lane[T]] = {}
+        for lane in self._lanes(groups):
+            known = best.get(lane.rank)
+            if known is None or lane.head_key < known.head_key:
+                best[lane.rank] = lane
+        return [best[rank].head for rank in sorted(best)]
+
     def best(self, groups: Iterable[Hashable]) -> QueueEntry[T] | None:
         """The entry that goes next among these groups; ``None`` if nothing waits in them. Changes nothing."""
         lanes = self._lanes(groups)

@@ -16,16 +16,13 @@ How a mesh uses it for a request that takes a slot:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from gpumesh.balancer.base import Priority
 from gpumesh.coordination.exchange import Exchange
 from gpumesh.state import Finding
-
-Loads = Mapping[str, int]
-"""Requests in flight by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +84,6 @@ class Coordination(Protocol):
     def findings(self) -> tuple[Finding, ...]:
         """Returns the reasons why places are not shared now; empty when they are."""
 
-    def other_gateways_load(self, key: str) -> int:
-        """To be removed: ``others_in_flight`` takes its place."""
-
-    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
+    async def run(self) -> None:
         """Shares places until it is cancelled; returns at once where there are no other gateways. Raises no error that
-        another gateway or Redis causes. ``own_loads`` is to be removed: ``take`` and ``release`` take its place."""
+        another gateway or Redis causes."""

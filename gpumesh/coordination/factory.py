@@ -30,9 +30,11 @@ def create_coordination(
         from gpumesh.coordination.redis_coordination import RedisCoordination
 
     variable = spec.password_env
-    return RedisCoordination(
+    coordination: RedisCoordination
+    coordination = RedisCoordination(
         spec.url,
         password=lambda: None if variable is None else config.read_secret(variable),
-        on_change=lambda: on_change(()),
+        on_change=lambda: on_change(coordination.seen_keys),
         clock=clock,
     )
+    return coordination

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Mapping
 
 import redis.asyncio as redis
 from redis.exceptions import RedisError
 
-from gpumesh.coordination.base import Loads
+from gpumesh.balancer.base import Priority
 from gpumesh.coordination.peers import Peers, encode_loads
 from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.errors import GPUMeshError
@@ -57,11 +57,12 @@ class RedisCoordination(SingleGateway):
         self._peers = Peers(self._name)
         self._own_loads: dict[str, int] = {}  # this gateway's requests in flight, as ``Loads``
         self._own_loads_changed = asyncio.Event()
+        self.seen_keys: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<RedisCoordination {self._name} {self._peers!r} problem {self.problem!r}>"
 
-    def publish_loads(self, loads: Loads) -> None:
+    def publish_loads(self, loads: Mapping[str, int]) -> None:
         """Sets the loads of this gateway. Another task sends them a moment later, so this call takes little time."""
         busy = {key: count for key, count in loads.items() if count > 0}
         if busy != self._own_loads:
@@ -80,14 +81,19 @@ class RedisCoordination(SingleGateway):
 
     # -- the connection ------------------------------------------------------------------------------------------
 
-    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow_own_loads(own_loads), name="own loads for other gateways")
-            await self._stay_connected()
+    async def run(self) -> None:
+        await self._stay_connected()
 
-    async def _follow_own_loads(self, own_loads: AsyncIterator[Loads]) -> None:
-        async for loads in own_loads:
-            self.publish_loads(loads)
+    def take_now(self, key: str) -> bool | None:
+        self.publish_loads({**self._own_loads, key: self._own_loads.get(key, 0) + 1})
+        return True
+
+    def release(self, key: str, priority: Priority, client: str, cost_correction: float = 0.0) -> None:  # noqa: ARG002
+        self.publish_loads({**self._own_loads, key: self._own_loads.get(key, 0) - 1})
+
+    def others_in_flight(self, key: str, own: int, limit: int | None) -> int:  # noqa: ARG002
+        self.seen_keys.add(key)
+        return self.other_gateways_load(key)
 
     async def _stay_connected(self) -> None:
         """Connects, and connects again whenever the connection is lost, until it is cancelled."""

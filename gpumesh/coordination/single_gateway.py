@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from gpumesh.balancer.base import Priority
-from gpumesh.coordination.base import Loads, PlaceRequest
+from gpumesh.coordination.base import PlaceRequest
 from gpumesh.coordination.exchange import Exchange, NoExchange
 from gpumesh.state import Finding
 
@@ -38,8 +38,5 @@ class SingleGateway:
     def findings(self) -> tuple[Finding, ...]:
         return ()
 
-    def other_gateways_load(self, key: str) -> int:  # noqa: ARG002
-        return 0
-
-    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
-        """Returns at once and reads no loads: no other gateway would get them."""
+    async def run(self) -> None:
+        """Returns at once: there is nobody to share places with."""

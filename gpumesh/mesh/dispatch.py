@@ -8,7 +8,7 @@ Ollama's queue. A request also waits for a node that is away only for a moment (
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import islice
 
 from gpumesh.backends.dialects import find_dialect
@@ -20,6 +20,7 @@ from gpumesh.balancer.select import allows_node, no_node_error, suits_demand
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, QueueFull
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.lease import Lease
+from gpumesh.mesh.shared_places import DENIED_PAUSE_S, MAX_DENIALS, SharedPlaces
 from gpumesh.state import WaitingState
 
 GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
@@ -34,11 +35,20 @@ class Dispatcher:
     """Gives out the slots of ``fleet`` as ``scheduler`` decides.
 
     ``clock`` returns monotonic seconds. ``grace_s``: how long a request waits if all nodes that could serve it are
-    away."""
+    away. ``places`` are those that other gateways share; ``None``: there are no other gateways."""
 
     def __init__(
-        self, fleet: Fleet, scheduler: Scheduler, *, clock: Callable[[], float], grace_s: float = GRACE_S
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        *,
+        clock: Callable[[], float],
+        grace_s: float = GRACE_S,
+        places: SharedPlaces | None = None,
     ) -> None:
+        self.asks_others = places is not None
+        """Whether ``acquire`` may have to ask other gateways, so that ``acquire_now`` must not be called."""
+        self._places = places
         self._fleet = fleet
         self._scheduler = scheduler
         self._queue = scheduler.queue
@@ -124,7 +134,11 @@ class Dispatcher:
 
     def acquire_now(self, demand: Demand, exclude: frozenset[str]) -> Lease | None:
         """Takes a slot on the best node for this demand. Returns ``None`` if the request should wait: there is no free
-        slot, or another node is worth waiting for."""
+        slot, or another node is worth waiting for. Only if there are no other gateways (``asks_others``)."""
+        return self._place_now(demand, exclude)
+
+    def _place_now(self, demand: Demand, exclude: frozenset[str]) -> Lease | None:
+        """Does the work of ``acquire_now``. If there are other gateways, the lease may still need a place."""
         if self._queue.size:  # the requests that wait already come first: they get what is free now
             self.grant_waiting()
         if not demand.needs_slot:
@@ -150,7 +164,26 @@ class Dispatcher:
         Raises NoNodeError or ModelMissing if no node could serve the demand, QueueFull if the queue is full, and
         DeadlineExceeded if no slot became free in time.
         """
-        lease = self.acquire_now(demand, exclude)
+        if self._places is None:
+            return await self._acquire_slot(demand, exclude, timeout_s, since)
+        came_at, denials = self._clock(), 0
+        while True:
+            left_s = timeout_s - (self._clock() - came_at)
+            lease = await self._acquire_slot(demand, exclude, left_s, since)
+            since = came_at if since is None else since
+            if await self._places.take(lease, since):
+                return lease
+            # Other gateways have filled the node. Another node may have a slot. If none has, the request waits in the
+            # queue, at the place that belongs to the time when it came.
+            denials += 1
+            if denials >= MAX_DENIALS:
+                await asyncio.sleep(DENIED_PAUSE_S)
+
+    async def _acquire_slot(
+        self, demand: Demand, exclude: frozenset[str], timeout_s: float, since: float | None
+    ) -> Lease:
+        """Does the work of ``acquire``, as far as this gateway alone decides."""
+        lease = self._place_now(demand, exclude)
         if lease is not None:
             return lease
         could_serve = self.could_serve(demand, exclude=exclude)
@@ -182,10 +215,11 @@ class Dispatcher:
             raise
         finally:
             self._queue.discard(entry)
+            self._announce_soon()
         self._queue.waits.record(demand.priority, self._clock() - now)
         return lease
 
-    def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
+    async def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
         """Takes a free slot on a node whose server answers probes, even if the node's breaker is open because requests
         failed there lately. Returns ``None`` if no such node has a free slot.
 
@@ -196,12 +230,21 @@ class Dispatcher:
         placement = self._scheduler.place_now(
             demand, self._clock(), exclude=exclude, despite_breaker=True, may_wait=False
         )
-        return None if placement is None else self._lease(placement)
+        if placement is None:
+            return None
+        lease = self._lease(placement)
+        if self._places is None or await self._places.take(lease, self._clock()):
+            return lease
+        return None
 
     def _lease(self, placement: Placement) -> Lease:
-        """The lease for a request that the scheduler has placed."""
+        """The lease for a request that the scheduler has placed. If there are other gateways, it has a place where none
+        of them must be asked."""
         placed = placement.placed
-        return self._fleet[placed.account.name].lease(placed.demand, placement)
+        lease = self._fleet[placed.account.name].lease(placed.demand, placement)
+        if self._places is not None:
+            self._places.take_now(lease)
+        return lease
 
     def _lease_without_slot(
         self, demand: Demand, exclude: frozenset[str], *, despite_breaker: bool = False
@@ -246,9 +289,22 @@ class Dispatcher:
         self._groups_may_fail = True
         self.grant_waiting()
 
+    def note_places_changed(self, keys: Collection[str]) -> None:
+        """Other gateways have taken or given back places on the GPUs of these keys, or a place was granted."""
+        if self._places is not None:
+            self._places.update(keys)
+            self.grant_waiting()
+            self._places.note_granted(keys)
+
+    def _announce_soon(self) -> None:
+        """Tells other gateways soon which requests wait, because they have changed."""
+        if self._places is not None:
+            self._places.announce_soon()
+
     def grant_waiting(self) -> None:
         """Gives the free slots to the waiting requests. A request that no node can serve any more gets an error. Called
         when a slot is freed or a node changes."""
+        self._announce_soon()
         if not self._queue.size:
             self._away_since.clear()
             return
@@ -309,9 +365,11 @@ class Dispatcher:
         self.grant_waiting()
 
     def close(self) -> None:
-        """Stops the timer."""
+        """Stops the timers."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._places is not None:
+            self._places.close()
 
 
 def _refuse(entry: QueueEntry[Waiting], error: GPUMeshError) -> None:

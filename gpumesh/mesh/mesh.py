@@ -44,6 +44,7 @@ from gpumesh.mesh.requests.send_context import SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.mesh.running_nodes import RunningNodes
+from gpumesh.mesh.shared_places import SharedPlaces
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
 from gpumesh.topology import BackendKind, NodeSpec, Topology
@@ -88,7 +89,7 @@ class Mesh:
         self._upstream = Upstream()
         self._http = make_http_client()
         self._coordination = create_coordination(
-            topology.redis, mesh=topology.name, on_change=self._on_other_loads_changed, clock=clock
+            topology.redis, mesh=topology.name, on_change=self._on_places_changed, clock=clock
         )
         gateway, pinned = topology.gateway, self.model_rules.pinned
         self._scheduler = Scheduler(gateway.policy, rng=self._rng, max_queue=gateway.max_queue, pinned=pinned)
@@ -109,7 +110,9 @@ class Mesh:
         self.fleet = Fleet(map(self.factory.make_node, topology.nodes), clock=clock)
         enabled = [node for node in self.fleet if node.spec.enabled]
         self._inspection = RegularInspection(enabled, self._http, clock=clock, on_report=self._changes.notify)
-        self._dispatcher = Dispatcher(self.fleet, self._scheduler, clock=clock)
+        has_others = topology.redis is not None
+        places = SharedPlaces(self.fleet, self._scheduler, self._coordination, clock=clock) if has_others else None
+        self._dispatcher = Dispatcher(self.fleet, self._scheduler, clock=clock, places=places)
         self._send_context = SendContext(self._upstream, self._dispatcher, clock, self._rng, self.fleet.explain_no_node)
 
     def __repr__(self) -> str:
@@ -132,7 +135,7 @@ class Mesh:
             group = await stack.enter_async_context(asyncio.TaskGroup())
             self._nodes = RunningNodes(self.fleet, self._inspection, self.factory, group)
             stack.callback(self._stop)  # on exit this runs first: the task group then waits for the cancelled tasks
-            self._tasks.append(group.create_task(self._coordination.run(self._watch_own_loads()), name="coordination"))
+            self._tasks.append(group.create_task(self._coordination.run(), name="coordination"))
             self._nodes.start(self.topology)
             self._tasks.append(group.create_task(self._inspection.run(), name="inspection"))
             if self._learned is not None:
@@ -149,16 +152,9 @@ class Mesh:
         else:
             await self._stack.__aexit__(kind, error, trace)
 
-    async def _watch_own_loads(self) -> AsyncIterator[Mapping[str, int]]:
-        """Yields the numbers of requests in flight after each change, by coordination key, for other gateways."""
-        async for _ in self.watch_changes():
-            yield self.fleet.in_flight_by_key()
-
-    def _on_other_loads_changed(self, keys: Collection[str]) -> None:  # noqa: ARG002
-        self.fleet.update_other_loads()
-        for node in self.fleet:
-            self._scheduler.note_change(node.account)
-        self._grant_waiting()
+    def _on_places_changed(self, keys: Collection[str]) -> None:
+        """Other gateways have changed what they have on the GPUs of these keys."""
+        self._dispatcher.note_places_changed(keys)
         self._changes.notify()
 
     def _stop(self) -> None:

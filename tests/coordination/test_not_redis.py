@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
-from gpumesh.coordination.base import Loads
 from gpumesh.coordination.redis_coordination import RedisCoordination
 
 OK_FIRST = 3  # until it has subscribed, so that what follows is a message
@@ -24,12 +22,6 @@ ANSWERS = (
     b"\xff\xfe\r\n",
     b"*3\r\n$7\r\nmessage\r\n$15\r\ngpumesh:loads:1\r\n:5\r\n",
 )
-
-
-async def no_loads() -> AsyncIterator[Loads]:
-    """This gateway has nothing in flight."""
-    return
-    yield {}
 
 
 @pytest.mark.parametrize("good_answers", [0, OK_FIRST])
@@ -52,7 +44,7 @@ async def test_wrong_answers_do_not_end_the_gateway(answer: bytes, good_answers:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     loads = RedisCoordination(f"redis://127.0.0.1:{port}/0", password=lambda: None, on_change=changed)
-    running = asyncio.create_task(loads.run(no_loads()))
+    running = asyncio.create_task(loads.run())
     problem = asyncio.create_task(problem_set.wait())
     try:
         await asyncio.wait((running, problem), timeout=5.0, return_when=asyncio.FIRST_COMPLETED)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.coordination.base import Loads
 from gpumesh.coordination.redis_coordination import RedisCoordination
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
@@ -67,19 +66,13 @@ class Gateway:
     changes: list[str | None] = field(default_factory=list)
 
 
-async def no_loads() -> AsyncIterator[Loads]:
-    """No mesh reports its loads here: a test publishes them itself."""
-    return
-    yield {}
-
-
 @asynccontextmanager
 async def gateway(url: str, password: Callable[[], str | None] = lambda: None) -> AsyncIterator[Gateway]:
     running: Gateway
     running = Gateway(
         RedisCoordination(url, password=password, on_change=lambda: running.changes.append(running.shared.problem))
     )
-    task = asyncio.create_task(running.shared.run(no_loads()))
+    task = asyncio.create_task(running.shared.run())
     try:
         yield running
     finally:

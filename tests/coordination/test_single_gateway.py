@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-from gpumesh.coordination.base import Loads
 from gpumesh.coordination.factory import create_coordination
 from gpumesh.coordination.redis_coordination import RedisCoordination
 from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.topology import RedisSpec
 
 
-async def loads_that_nobody_may_read() -> AsyncIterator[Loads]:
-    raise AssertionError("they were read")
-    yield {}
-
-
 async def test_there_are_no_others_and_nothing_runs() -> None:
     coordination = create_coordination(None, mesh="mesh", on_change=lambda keys: None, clock=lambda: 0.0)
     assert isinstance(coordination, SingleGateway)
-    assert coordination.other_gateways_load("GPU-1") == 0
+    assert coordination.take_now("GPU-1")
+    assert coordination.others_in_flight("GPU-1", own=3, limit=4) == 0
     assert coordination.findings() == ()
-    await coordination.run(loads_that_nobody_may_read())
+    await coordination.run()
     assert repr(coordination) == "<SingleGateway>"
 
 

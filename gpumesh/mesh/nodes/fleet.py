@@ -44,6 +44,9 @@ class Fleet:
     def __getitem__(self, name: str) -> Node:
         return self._nodes[name]
 
+    def get(self, name: str) -> Node | None:
+        return self._nodes.get(name)
+
     def find_node(self, name: str) -> Node:
         """Returns the node. Raises UsageError for a node that mesh.yaml does not have."""
         self.require_known(name)
@@ -153,14 +156,6 @@ class Fleet:
         """Tells the accounts how many requests other gateways have in flight."""
         for node in self:
             node.update_other_loads()
-
-    def in_flight_by_key(self) -> dict[str, int]:
-        """The number of requests in flight by coordination key, for other gateways. Nodes that share their GPUs, or are
-        one server, have the same key: their requests are added up."""
-        in_flight: dict[str, int] = {}
-        for node in (*self, *self.leaving):
-            in_flight[node.coordination_key] = in_flight.get(node.coordination_key, 0) + node.in_flight
-        return in_flight
 
     @property
     def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:

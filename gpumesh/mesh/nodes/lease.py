@@ -55,6 +55,10 @@ class LeasedNode(Protocol):
     def connection_count(self) -> int:
         """How many connections the node's tunnel has had so far."""
 
+    @property
+    def coordination_key(self) -> str:
+        """A name of the node's GPUs or server, the same in every gateway that reaches them."""
+
     def api_key(self) -> str | None:
         """The server's API key. Raises SecretMissing."""
 
@@ -101,7 +105,9 @@ class Lease:
     """A slot on a node for one attempt. Every lease ends exactly once, with ``release`` or ``discard``.
 
     ``model`` is the full name of the demanded model; ``None`` if the request names none. ``placement`` is the
-    balancer's decision; ``None`` for a request that needs no slot. ``connection_number`` is the number of the tunnel's
+    balancer's decision; ``None`` for a request that needs no slot. ``give_back_place`` gives back the place that the
+    lease has among all gateways, with the correction of its cost (``SharedPlaces``); ``None``: it has no such place.
+    ``connection_number`` is the number of the tunnel's
     connection at the time when the lease was given. ``was_loaded``: the model was in the server's memory at this time;
     ``None`` if that is not known. ``blame`` is set at the lease's end: the breaker for which its outcome counted.
 
@@ -119,6 +125,7 @@ class Lease:
         "blame",
         "can_move",
         "connection_number",
+        "give_back_place",
         "model",
         "node",
         "placement",
@@ -132,6 +139,7 @@ class Lease:
         self.placement = placement
         self.was_loaded = None if model is None else node.is_loaded(model)
         self.blame = Blame.NOBODY
+        self.give_back_place: Callable[[float], None] | None = None
         self.abort_callback: Callable[[], None] | None = None
         self.can_move: Callable[[], bool] | None = None
         self.aborted = False  # the tunnel has failed

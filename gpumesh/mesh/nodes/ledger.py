@@ -128,6 +128,9 @@ class Ledger:
         else:
             self._slot_leases.discard(lease)
             self._end_placement(placement, outcome, counters, now)
+            if lease.give_back_place is not None:  # only where other gateways use the node too
+                is_served = outcome is Outcome.SERVED
+                self._give_back_place(lease, placement, counters or _NO_FIGURES if is_served else None)
         self.last_release_at = now
         if reply is not None and reply.foreign is not None:
             self.foreign_answer = reply.foreign
@@ -184,9 +187,17 @@ class Ledger:
             self._scheduler.end(lease.placement.placed, self._clock())
             self._scheduler.note_failed(lease.placement.placed)  # its client is not charged, and no load was begun
             self.forecasts.note_discarded(lease.placement)
+            if lease.give_back_place is not None:
+                self._give_back_place(lease, lease.placement, None)
         self._remove(lease)
         self.breaker = self.breaker.cancel_trial()
         self._announce_free_slot()
+
+    def _give_back_place(self, lease: Lease, placement: Placement, counters: ServerCounters | None) -> None:
+        """Gives back the place that the lease has among all gateways. ``counters``: those of a whole answer."""
+        give_back, lease.give_back_place = lease.give_back_place, None
+        if give_back is not None:
+            give_back(self._scheduler.experience.cost_correction(placement.placed, counters))
 
     def _remove(self, lease: Lease) -> None:
         leases = self._slotless_leases if lease.placement is None else self._slot_leases

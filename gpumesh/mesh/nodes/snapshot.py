@@ -154,8 +154,13 @@ class SnapshotBuilder:
 
     @property
     def other_gateways_in_flight(self) -> int:
-        """The number of requests that other gateways have in flight on the node's GPUs."""
-        return self._coordination.other_gateways_load(self.coordination_key)
+        """The number of requests that other gateways have in flight on the node's GPUs, as
+        ``Coordination.others_in_flight`` counts them."""
+        account = self._ledger.account
+        own = sum(len(member.placed) for member in account.group.accounts)
+        # A learned number of slots is for one model: it is no limit for all requests together.
+        limit = None if account.counts_by_model else account.slots("", self._clock())
+        return self._coordination.others_in_flight(self.coordination_key, own, limit)
 
     @property
     def coordination_key(self) -> str:

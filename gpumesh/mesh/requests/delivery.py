@@ -108,7 +108,7 @@ class RequestDelivery:
             while answer is None:
                 # Most requests find a free slot at once. After a failure, ``_acquire_lease`` has more to decide.
                 lease = None
-                if not self._failures:
+                if not self._failures and not self._context.dispatcher.asks_others:
                     lease = self._context.dispatcher.acquire_now(self._demand, self._excluded_nodes)
                 if lease is None:
                     lease = await self._acquire_lease()
@@ -338,7 +338,7 @@ class RequestDelivery:
         If no such node is left, returns ``None`` after failed attempts, and raises the error that explains it if there
         was no attempt. Raises the other errors of ``Dispatcher.acquire`` as well."""
         while True:
-            lease = self._acquire_despite_breaker()
+            lease = await self._acquire_despite_breaker()
             if lease is not None:
                 return lease
             asked_at = self._context.clock()
@@ -359,7 +359,7 @@ class RequestDelivery:
                 self._progress.queue_s += self._context.clock() - asked_at
             return lease
 
-    def _acquire_despite_breaker(self) -> Lease | None:
+    async def _acquire_despite_breaker(self) -> Lease | None:
         """Takes a slot on a node with an open breaker, if the last failure was a server's error and no other node is
         left: an attempt there is better than to return the error. Returns ``None`` if this is not so, or if no such
         node has a free slot."""
@@ -368,7 +368,7 @@ class RequestDelivery:
         dispatcher = self._context.dispatcher
         if dispatcher.could_serve(self._demand, exclude=self._excluded_nodes):
             return None
-        return dispatcher.acquire_despite_breaker(self._demand, exclude=self._excluded_nodes)
+        return await dispatcher.acquire_despite_breaker(self._demand, exclude=self._excluded_nodes)
 
     async def _start_next_round(self) -> bool:
         """Called when every node has failed. Pauses, and then allows the nodes whose last failure may be over by now.

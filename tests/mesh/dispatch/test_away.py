@@ -154,9 +154,9 @@ async def test_despite_its_breaker_a_node_is_asked_if_no_other_is_left() -> None
     async with open_desk("a", max_parallel=2) as desk:
         await desk.fail("a")
         assert desk.dispatcher.acquire_now(DEMAND, frozenset()) is None
-        leases = [desk.dispatcher.acquire_despite_breaker(DEMAND, exclude=frozenset()) for _ in range(3)]
+        leases = [await desk.dispatcher.acquire_despite_breaker(DEMAND, exclude=frozenset()) for _ in range(3)]
         assert [lease is not None for lease in leases] == [True, True, False], "only free slots"
-        assert desk.dispatcher.acquire_despite_breaker(DEMAND, exclude=frozenset({"a"})) is None
+        assert await desk.dispatcher.acquire_despite_breaker(DEMAND, exclude=frozenset({"a"})) is None
         for lease in leases[:2]:
             assert lease is not None
             lease.discard()

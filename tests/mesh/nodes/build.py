@@ -19,12 +19,11 @@ from gpumesh.balancer.forecast import Copies, FleetLoad, forecast, place_on
 from gpumesh.balancer.models.model_demand import ModelDemand
 from gpumesh.balancer.scheduling.scheduler import Placement, Scheduler
 from gpumesh.balancer.work import Work
-from gpumesh.coordination.base import Coordination, Loads
+from gpumesh.coordination.base import Coordination
 from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.nodes.node import Node
-from gpumesh.state import Finding
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import BackendSpec, NodeSpec, PolicyKind, Target
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
@@ -67,15 +66,9 @@ class OtherGateways(SingleGateway):
         self.load = load
         self.keys: list[str] = []
 
-    def other_gateways_load(self, key: str) -> int:
+    def others_in_flight(self, key: str, own: int, limit: int | None) -> int:
         self.keys.append(key)
         return self.load
-
-    def findings(self) -> tuple[Finding, ...]:
-        return ()
-
-    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
-        pass
 
 
 def make_scheduler(policy: PolicyKind = PolicyKind.LEAST_LOADED, *, max_queue: int = 100) -> Scheduler:

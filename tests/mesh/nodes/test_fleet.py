@@ -1,4 +1,4 @@
-"""All nodes together: names, groups, in_flight_by_key, and why none can serve."""
+"""All nodes together: names, groups, outcomes, and why none can serve."""
 
 from __future__ import annotations
 
@@ -43,11 +43,9 @@ async def test_two_nodes_that_reach_one_server_are_one_group() -> None:
         assert (group.name, [account.name for account in group.accounts]) == ("x", ["x", "y"])
 
 
-async def test_loads_are_added_up_by_coordination_key() -> None:
+async def test_outcomes_are_told_by_node() -> None:
     fleet = make_fleet("a", "b")
-    leases = [take_lease(fleet["a"], Demand(model="m"), 100.0) for _ in range(2)]
-    assert fleet.in_flight_by_key() == {"http://127.0.0.1:1": 2, "http://127.0.0.1:2": 0}
-    for lease in leases:
+    for lease in [take_lease(fleet["a"], Demand(model="m"), 100.0) for _ in range(2)]:
         lease.release(Outcome.SERVED)
     assert fleet.attempt_outcomes == {"a": {Outcome.SERVED: 2}, "b": {}}
 
