@@ -146,7 +146,7 @@ class SharedPlaces:
         if self._queue.size and shared:
             for node in self._fleet:
                 key = node.coordination_key
-                if key in shared and not self._is_refused(key, now):
+                if key in shared and self._counts_for_group(node) and not self._is_refused(key, now):
                     heads.setdefault(key, []).extend(self._find_heads(node.account, now))
         for key in (*heads, *(key for key in self._announced if key not in heads)):
             self._announce(key, _best_of_each_class(heads.get(key, ())), now)
@@ -170,6 +170,12 @@ class SharedPlaces:
         else:
             del self._announced[key]
         self._coordination.announce(key, requests)
+
+    def _counts_for_group(self, node: Node) -> bool:
+        """Whether the places of the node's key are those that count for its group of nodes that share GPUs. The first
+        node of the group answers for all (``Node.update_other_loads``), so a place of another key would not be seen."""
+        first = self._fleet.get(node.account.group.accounts[0].name)
+        return first is None or first.coordination_key == node.coordination_key
 
     def _find_heads(self, account: NodeAccount, now: float) -> list[tuple[NodeAccount, QueueEntry[Waiting]]]:
         """The best waiting request of each class that this node could serve. Requests that find a free slot there, but

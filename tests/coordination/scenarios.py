@@ -98,7 +98,7 @@ async def kill_gateway(
     """Kills the last gateway, while all have more requests than there are slots. Returns the seconds until all slots
     are in use again, and what failed at the others. The killed gateway is removed from the list."""
     slots = sum(server.slots for server in servers)
-    load = SteadyLoad(gateways, 1.3 * slots / (answer_ms / 1000), answer_ms)
+    load = SteadyLoad(gateways, 1.2 * slots / (answer_ms / 1000), answer_ms)
 
     async def all_in_use() -> bool:
         return sum(server.running for server in servers) >= slots
@@ -109,7 +109,7 @@ async def kill_gateway(
         load.gateways = tuple(gateways)
         victim.kill()
         await asyncio.sleep(0.05)  # its connections have ended
-        free_s = await wait_for(all_in_use, limit_s=10.0)
+        free_s = await wait_for(all_in_use, limit_s=6.0)
         await asyncio.sleep(0.2)
     return free_s, load.failures(ignored=[victim.number])
 

@@ -26,8 +26,9 @@ _WHOLE = _answer(
     b'"done":true,"done_reason":"stop","total_duration":1000000,"load_duration":1000,"prompt_eval_count":8,'
     b'"prompt_eval_duration":1000,"eval_count":2,"eval_duration":1000000}'
 )
-_TAGS = _answer(
-    b'{"models":[{"name":"bench:1b","model":"bench:1b","modified_at":"2026-01-01T00:00:00.123456789Z","size":1073741824,'
+# Each server has stored its model at another time. Otherwise gateways would take them for one server with many addresses.
+_TAGS = (
+    b'{"models":[{"name":"bench:1b","model":"bench:1b","modified_at":"2026-01-01T00:00:00.%09dZ","size":1073741824,'
     b'"digest":"0","details":{"family":"bench","parameter_size":"1B","quantization_level":"Q4_K_M"}}]}'
 )
 _PS = _answer(
@@ -35,7 +36,7 @@ _PS = _answer(
     b'"expires_at":"2099-01-01T00:00:00Z","size_vram":1073741824,"context_length":4096}]}'
 )
 _GETS = {b"/": _answer(b"Ollama is running"), b"/api/version": _answer(b'{"version":"0.12.6"}')}
-_GETS |= {b"/api/tags": _TAGS, b"/api/ps": _PS}
+_GETS |= {b"/api/ps": _PS}
 _MISSING = _answer(b'{"error":"not found"}').replace(b"200 OK", b"404 Not Found")
 
 
@@ -48,6 +49,7 @@ class SlotServer:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.port = 0
+        self.gets: dict[bytes, bytes] = {}
         self.running = self.served = self.waited = self.most_waiting = 0
         self.order: list[str] = []
         self.connections: set[_Connection] = set()
@@ -67,6 +69,7 @@ class SlotServer:
     async def listening(self) -> AsyncIterator[SlotServer]:
         server = await asyncio.get_running_loop().create_server(lambda: _Connection(self), "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
+        self.gets = {**_GETS, b"/api/tags": _answer(_TAGS % self.port)}
         async with server:
             yield self
             for connection in self.connections.copy():
@@ -145,7 +148,7 @@ class _Connection(asyncio.Protocol):
                 self._asked = True
                 self._server.take_slot(self)
             else:
-                self._transport.write(_GETS.get(path, _MISSING))
+                self._transport.write(self._server.gets.get(path, _MISSING))
 
     def begin(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._answer_s, self._end)
