@@ -35,7 +35,7 @@ from tests.coordination.scenarios import (  # noqa: E402
 )
 from tests.coordination.slot_server import SlotServer  # noqa: E402
 
-SERVERS, SLOTS, ANSWER_MS = 4, 4, 50  # 16 slots: 320 answers/s
+SERVERS, SLOTS, ANSWER_MS = 4, 3, 50  # 12 slots: 240 answers/s
 NAMES = ("steady", "order", "outages", "kill", "cost")
 
 

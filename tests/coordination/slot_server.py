@@ -26,7 +26,7 @@ _WHOLE = _answer(
     b'"done":true,"done_reason":"stop","total_duration":1000000,"load_duration":1000,"prompt_eval_count":8,'
     b'"prompt_eval_duration":1000,"eval_count":2,"eval_duration":1000000}'
 )
-# Each server has stored its model at another time. Otherwise gateways would take them for one server with many addresses.
+# Each server has stored its model at another time. Otherwise gateways would take all of them for one server.
 _TAGS = (
     b'{"models":[{"name":"bench:1b","model":"bench:1b","modified_at":"2026-01-01T00:00:00.%09dZ","size":1073741824,'
     b'"digest":"0","details":{"family":"bench","parameter_size":"1B","quantization_level":"Q4_K_M"}}]}'

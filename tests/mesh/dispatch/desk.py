@@ -12,11 +12,13 @@ from gpumesh.balancer.account import GpuGroup
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.scheduling.scheduler import Scheduler
+from gpumesh.coordination.base import Coordination
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults, ModelProfile
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.lease import Lease
+from gpumesh.mesh.shared_places import SharedPlaces
 from gpumesh.topology import PolicyKind
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from tests.http_clients import loopback_client
@@ -96,8 +98,10 @@ async def open_desk(
     max_queue: int = 100,
     policy: PolicyKind = PolicyKind.LEAST_LOADED,
     cold: frozenset[str] = frozenset(),
+    neighbours: Coordination | None = None,
 ) -> AsyncIterator[Desk]:
-    """``cold``: the nodes that do not have the model in memory."""
+    """``cold``: the nodes that do not have the model in memory. ``neighbours``: the other gateways, which share their
+    places; ``None``: they only have a load."""
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(loopback_client())
         models = {name: ModelProfile(MODEL, resident=name not in cold) for name in names}
@@ -107,9 +111,12 @@ async def open_desk(
         specs = [node(name, server.url, max_parallel=max_parallel) for name, server in hosts.items()]
         scheduler = make_scheduler(policy, max_queue=max_queue)
         others = OtherGateways(0)
-        nodes = [make_node(spec, events, http=http, scheduler=scheduler, coordination=others) for spec in specs]
+        nodes = [
+            make_node(spec, events, http=http, scheduler=scheduler, coordination=neighbours or others) for spec in specs
+        ]
         fleet = Fleet(nodes, clock=events.clock)
-        events.dispatcher = Dispatcher(fleet, scheduler, clock=events.clock, grace_s=5.0)
+        places = None if neighbours is None else SharedPlaces(fleet, scheduler, neighbours, clock=events.clock)
+        events.dispatcher = Dispatcher(fleet, scheduler, clock=events.clock, grace_s=5.0, places=places)
         desk = Desk(fleet, scheduler, events.dispatcher, hosts, events, others)
         tasks = [
             asyncio.create_task(running.run(DirectTunnel(running.spec, on_change=running.on_tunnel)), name=running.name)
