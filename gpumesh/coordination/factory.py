@@ -14,7 +14,7 @@ from gpumesh.topology import RedisSpec
 def create_coordination(
     spec: RedisSpec | None,
     *,
-    mesh: str,  # noqa: ARG001
+    mesh: str,
     on_change: Callable[[Collection[str]], None],
     clock: Callable[[], float],
 ) -> Coordination:
@@ -27,14 +27,14 @@ def create_coordination(
     if spec is None:
         return SingleGateway()
     with need_extra("redis", "`redis:` in mesh.yaml"):
-        from gpumesh.coordination.redis_coordination import RedisCoordination
+        from gpumesh.coordination.several_gateways import SeveralGateways
 
     variable = spec.password_env
-    coordination: RedisCoordination
-    coordination = RedisCoordination(
+    return SeveralGateways(
         spec.url,
+        mesh=mesh,
         password=lambda: None if variable is None else config.read_secret(variable),
-        on_change=lambda: on_change(coordination.seen_keys),
+        on_change=on_change,
         clock=clock,
+        ca_file=spec.ca_file,
     )
-    return coordination

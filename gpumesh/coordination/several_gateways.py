@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from redis.exceptions import RedisError
 
 from gpumesh.balancer.base import Priority
-from gpumesh.coordination.base import Loads, PlaceRequest
+from gpumesh.coordination.base import PlaceRequest
 from gpumesh.coordination.places import LinkState, Places
 from gpumesh.coordination.redis_connection import MovedAway, RedisConnection
 from gpumesh.coordination.redis_exchange import RedisExchange
@@ -108,12 +108,9 @@ class SeveralGateways:
         hint = "check that `redis.url` is right and answers"
         return (Finding("redis-away", Severity.WARNING, None, message, hint),)
 
-    def other_gateways_load(self, key: str) -> int:
-        return self._places.others_in_flight(key, 0, None)
-
     # -- the link ------------------------------------------------------------------------------------------------
 
-    async def run(self, own_loads: AsyncIterator[Loads]) -> None:  # noqa: ARG002
+    async def run(self) -> None:
         pause_s, address, moves = self._timing.first_pause_s, self._address, 0
         while True:
             started_at = self._clock()
