@@ -37,6 +37,10 @@ one file, of more than 400 lines, so that the tree is seen as a whole.
     │   ├── PoolProgramMissing  (p)  a host has no llama-server, or no ggml-rpc-server
     │   ├── PoolVersionsDiffer  (p)  the members have different builds of llama.cpp
     │   └── PoolModelMissing    (p)  the head's host does not have the model, or its file cannot be used
+    ├── BatchError                   a batch or a file of the batch store
+    │   ├── BatchNotFound            exit 2   the store has no batch or file with this id
+    │   ├── BatchConflict            its status forbids this: cancelled after its end, deleted before it
+    │   └── BatchStoreError          the store cannot be used now: disk full, locked, Redis away
     ├── ExecError                    a command could not be run on a host (no session, time-out)
     ├── ProbeError                   nvidia-smi or the backend gave an answer that we cannot read
     └── BackendError                 one attempt on one backend failed
@@ -328,6 +332,23 @@ def unknown_pool(name: str, known: Iterable[str]) -> UsageError:
     names = list(known)
     hint = f"the pools are: {', '.join(names)}" if names else "mesh.yaml has no section `pools`"
     return UsageError(f"there is no pool {name!r}", hint=hint)
+
+
+class BatchError(GPUMeshError):
+    code = "batch"
+
+
+class BatchNotFound(BatchError):
+    code = "batch-not-found"
+    exit_code = ExitCode.USAGE
+
+
+class BatchConflict(BatchError):
+    code = "batch-conflict"
+
+
+class BatchStoreError(BatchError):
+    code = "batch-store"
 
 
 class ExecError(GPUMeshError):

@@ -31,13 +31,14 @@ LAYERS = {
     "coordination": 5,
     "mesh": 6,
     "notify": 6,
-    "gateway": 7,
-    "pools": 7,
-    "bench": 8,
-    "daemon": 8,
-    "lab": 9,
-    "library": 9,
-    "cli": 10,
+    "batches": 7,
+    "gateway": 8,
+    "pools": 8,
+    "bench": 9,
+    "daemon": 9,
+    "lab": 10,
+    "library": 10,
+    "cli": 11,
 }
 
 # Who may import these, as the first parts of a module's name below gpumesh.

@@ -48,6 +48,11 @@ class MeshPaths:
         return self.log.parent.parent / "usage" / f"{self.log.stem}.sqlite"
 
     @property
+    def batches(self) -> Path:
+        """The SQLite file with the batches of this mesh (``batches/``)."""
+        return self.log.parent.parent / "batches" / f"{self.log.stem}.sqlite"
+
+    @property
     def learned(self) -> Path:
         """The file with what was learned about hosts. All meshes of the user share it (``mesh/learned_state.py``)."""
         return self.log.parent.parent / "learned.json"

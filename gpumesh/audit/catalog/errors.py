@@ -192,6 +192,38 @@ EXPLANATIONS = (
         "`gpumesh notify test` sends a message by each rule, and says what goes wrong.",
     ),
     Explanation(
+        "batch",
+        E,
+        "a batch cannot be used",
+        "The message says which batch, and what is wrong with it.",
+        "`gpumesh batch list` shows all batches.",
+    ),
+    Explanation(
+        "batch-not-found",
+        E,
+        "no such batch or file",
+        "The store of batches has no batch, or no file, with this id. Each mesh.yaml has a store of its own, and a "
+        "batch is removed 30 days after its end.",
+        "`gpumesh batch list` shows all batches of this mesh.yaml.",
+    ),
+    Explanation(
+        "batch-conflict",
+        E,
+        "the batch's status does not allow this",
+        "A batch can be cancelled until it has ended, and can be retried or removed after that. A file cannot be "
+        "removed while a batch needs it.",
+        "`gpumesh batch show ID` shows the status.",
+    ),
+    Explanation(
+        "batch-store",
+        E,
+        "the store of batches cannot be used",
+        "Batches are kept in a SQLite file of the state folder, or in Redis. The disk is full, the file is damaged or "
+        "of a newer version of gpumesh, or Redis does not answer.",
+        "The message names the file or the address. Nothing that was stored is lost; a running mesh goes on with its "
+        "batches when the store is back.",
+    ),
+    Explanation(
         "failed",
         E,
         "the operation failed",
