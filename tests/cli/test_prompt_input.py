@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from gpumesh.backends.base import Message
-from gpumesh.cli.prompt_input import PromptEntry, read_options, read_prompts
+from gpumesh.batches.prompt_lines import PromptEntry
+from gpumesh.cli.prompt_input import read_options, read_prompts
+from gpumesh.daemon.sessions.prompt_requests import make_request
 from gpumesh.daemon.sessions.session import PromptRequest
 from gpumesh.errors import UsageError
 
@@ -29,18 +31,18 @@ def test_keys_of_a_json_prompt() -> None:
     (prompt,) = read_prompts(
         '{"prompt": "p", "model": "m", "system": "s", "node": "n", "options": {"seed": 1}}', name="x"
     )
-    ask = prompt.make_request(
-        PromptRequest((), model="other", node="other", options={"seed": 2, "top_k": 3}), "not this"
+    ask = make_request(
+        prompt, PromptRequest((), model="other", node="other", options={"seed": 2, "top_k": 3}), "not this"
     )
     assert ask.messages == (Message("system", "s"), Message("user", "p"))
     assert (ask.model, ask.node, dict(ask.options)) == ("m", "n", {"seed": 1, "top_k": 3})
 
 
 def test_missing_keys_come_from_the_command_line() -> None:
-    ask = PromptEntry("p").make_request(PromptRequest((), model="m", node="n", options={"seed": 2}), "s")
+    ask = make_request(PromptEntry("p"), PromptRequest((), model="m", node="n", options={"seed": 2}), "s")
     assert ask.messages == (Message("system", "s"), Message("user", "p"))
     assert (ask.model, ask.node, dict(ask.options)) == ("m", "n", {"seed": 2})
-    assert PromptEntry("p").make_request(PromptRequest(()), None).messages == (Message("user", "p"),)
+    assert make_request(PromptEntry("p"), PromptRequest(()), None).messages == (Message("user", "p"),)
 
 
 def test_messages_with_images() -> None:

@@ -91,13 +91,14 @@ def read_own_prompts(file: Path | None) -> Sequence[OwnPrompt]:
         return ()
     from gpumesh.bench.workload.prompts import OwnPrompt
     from gpumesh.cli.prompt_input import read_prompts
+    from gpumesh.daemon.sessions.prompt_requests import make_request
     from gpumesh.daemon.sessions.session import PromptRequest
 
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-    requests = [entry.make_request(PromptRequest(()), None) for entry in read_prompts(text, name=str(file))]
+    requests = [make_request(entry, PromptRequest(()), None) for entry in read_prompts(text, name=str(file))]
     return [OwnPrompt(request.messages, request.options) for request in requests]
 
 

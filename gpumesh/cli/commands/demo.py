@@ -173,10 +173,11 @@ async def _run_scenes(display: DemoDisplay, session: LocalSession, lab: Lab) -> 
 
 def _make_request(text: str) -> PromptRequest:
     """A request to the demo's model, with the text as the only message."""
-    from gpumesh.cli.prompt_input import PromptEntry
+    from gpumesh.batches.prompt_lines import PromptEntry
+    from gpumesh.daemon.sessions.prompt_requests import make_request
     from gpumesh.daemon.sessions.session import PromptRequest
 
-    return PromptEntry(text).make_request(PromptRequest((), model=MODEL), None)  # None: without a system message
+    return make_request(PromptEntry(text), PromptRequest((), model=MODEL), None)  # None: without a system message
 
 
 async def _show_one_answer(display: DemoDisplay, session: LocalSession) -> None:

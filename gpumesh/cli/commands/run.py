@@ -103,6 +103,7 @@ def run(
     from gpumesh.cli.prompt_files.send_file import send_file
     from gpumesh.cli.prompt_input import read_options
     from gpumesh.cli.standard_input import read_piped_text
+    from gpumesh.daemon.sessions.prompt_requests import make_request
     from gpumesh.daemon.sessions.session import PromptRequest
 
     words = words or []
@@ -120,7 +121,7 @@ def run(
     if file is not None:
         if words:
             common = replace(common, model=_find_model_of_file(options, words, model))
-        send_file(options, file, lambda entry: entry.make_request(common, system), out, concurrency, resume=resume)
+        send_file(options, file, lambda entry: make_request(entry, common, system), out, concurrency, resume=resume)
         return
     if out is not None or resume:
         raise UsageError(f"{'--out' if out is not None else '--resume'} is for the prompts of -f FILE")
@@ -183,9 +184,10 @@ async def _send_single(
     """Sends one prompt, and prints its answer to stdout: in pieces as they come (``stream``), as a JSON object
     (``as_json``), or as a whole text. With ``--verbose`` prints the node and its speed to stderr. ``words``: those of
     the command line, perhaps with a model before the prompt. With ``may_chat`` a model alone opens a chat."""
+    from gpumesh.batches.prompt_lines import PromptEntry
     from gpumesh.cli.fleet_models import may_be_model, read_prompt_words, require_model
-    from gpumesh.cli.prompt_input import PromptEntry
     from gpumesh.cli.standard_input import read_terminal_text
+    from gpumesh.daemon.sessions.prompt_requests import make_request
     from gpumesh.daemon.sessions.prompt_sender import send_prompt
 
     printer = _StreamPrinter()
@@ -210,7 +212,7 @@ async def _send_single(
             text = " ".join(part for part in (piped_text, text) if part)
             if not text.strip():
                 raise _empty_prompt_error()
-            request = PromptEntry(text).make_request(common, system)
+            request = make_request(PromptEntry(text), common, system)
             on_text = printer.feed if stream else None
             result = await send_prompt(session, request, 0, text, on_text=on_text)  # 0: the number of the only prompt
     except BaseException:

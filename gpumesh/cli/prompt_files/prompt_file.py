@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from typing import BinaryIO
 
-from gpumesh.cli.prompt_input import PromptEntry, no_prompts_error, prompt_readers
+from gpumesh.batches.prompt_lines import PromptEntry
+from gpumesh.cli.prompt_input import no_prompts_error, prompt_readers
 from gpumesh.cli.standard_input import open_rereadable
 from gpumesh.errors import UsageError, unknown_node
 

@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 import typer
 
+from gpumesh.batches.prompt_lines import PromptEntry
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.prompt_files.prompt_file import PromptFile, open_prompts
 from gpumesh.cli.prompt_files.result_file import ResultFile
-from gpumesh.cli.prompt_input import PromptEntry
 from gpumesh.cli.views.progress_bar import ProgressDisplay, show_progress
 from gpumesh.cli.views.safe_text import json_text
 from gpumesh.daemon.sessions.prompt_sender import default_concurrency, send_with_retries

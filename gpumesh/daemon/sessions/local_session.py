@@ -103,7 +103,13 @@ class LocalSession:
         model = prompt.model or await self._default_model(prompt.node)
         await self.mesh.wait_usable(model, timeout_s=FIRST_NODE_TIMEOUT_S, node=prompt.node)
         request = ChatRequest(model, prompt.messages, prompt.options, prompt.stream, prompt.think)
-        chat = self.mesh.chat(request, node=prompt.node, priority=prompt.priority, timeout_s=prompt.timeout_s)
+        chat = self.mesh.chat(
+            request,
+            node=prompt.node,
+            priority=prompt.priority,
+            session=prompt.session,
+            timeout_s=prompt.timeout_s,
+        )
         try:
             async with chat as stream:
                 yield stream

@@ -29,7 +29,8 @@ class PromptRequest:
     model.
 
     ``node`` names the only node that may answer; ``None`` is any node. ``options`` have Ollama's names. ``timeout_s``
-    counts from the start to the last token; ``None`` means the gateway's own time-out.
+    counts from the start to the last token; ``None`` means the gateway's own time-out. ``session`` is the same for
+    prompts that begin in the same way: a node that has their beginning in its cache gets them.
     """
 
     messages: tuple[Message, ...]
@@ -40,6 +41,7 @@ class PromptRequest:
     stream: bool = True
     think: bool | str | None = None
     timeout_s: float | None = None
+    session: str | None = None
 
 
 class PromptAnswer(Protocol):
