@@ -10,6 +10,7 @@ import itertools
 import logging
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,6 +32,7 @@ from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response
 from gpumesh.gateway.http.server import Server
 from gpumesh.gateway.http.streaming_response import StreamingResponse
+from gpumesh.gateway.in_process import InProcessClient
 from gpumesh.gateway.listener import HttpListener
 from gpumesh.gateway.model_store_routes import ModelStoreRoutes
 from gpumesh.gateway.observe.access_log import AccessLog
@@ -61,8 +63,9 @@ class Gateway:
 
     ``host`` and ``port`` replace those of mesh.yaml. On exit the gateway accepts no more clients, waits at most
     ``drain_s`` seconds until the requests in flight have ended, and closes. As soon as ``stop_now`` is set, the gateway
-    stops waiting for them. ``usage_store`` keeps what each key has used; the gateway closes it. Raises UsageError if
-    other machines can reach the address and no key is set, and MeshAlreadyRunning if the address is taken.
+    stops waiting for them. ``usage_store`` keeps what each key has used; the gateway closes it. With ``listens=False``
+    it has no address, and answers only requests of this process (``in_process``). Raises UsageError if other machines
+    can reach the address and no key is set, and MeshAlreadyRunning if the address is taken.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -79,6 +82,7 @@ class Gateway:
         usage_store: UsageStore | None = None,
         stop_now: asyncio.Event | None = None,
         recent_log: RecentLog | None = None,
+        listens: bool = True,
     ) -> None:
         spec = mesh.topology.gateway
         self.mesh = mesh
@@ -86,7 +90,9 @@ class Gateway:
         self.drain_s = drain_s
         self.url = ""
         self._spec = spec
-        self._host = spec.host if host is None else host
+        self._listens = listens
+        self._host = (host or spec.host) if listens else None
+        socket = spec.socket if listens else None
         self._access_log = access_log
         if self._host is not None:
             config.require_key_beyond_loopback(self._host, has_key=spec.needs_key)
@@ -100,21 +106,17 @@ class Gateway:
         self._idle.set()
         bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)  # MiB to bytes
         self._server = Server(self._handle, bounds, render_error=error_reply_without_path)
-        self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket)
+        self._listener = HttpListener(self._host, spec.port if port is None else port, socket)
         figures = RecentFigures(self.metrics, mesh.request_counters)
-        self._page = UiPage(
-            mesh,
-            ActiveRequests(self._active, self._server.clock),
-            figures,
-            writable=spec.needs_key,
-            recent_log=recent_log,
-        )
+        active = ActiveRequests(self._active, self._server.clock)
+        self._page = UiPage(mesh, active, figures, writable=spec.needs_key, recent_log=recent_log)
         self._history_task: asyncio.Task[None] | None = None  # keeps the figures of the page's last hour
         self.usage = usage = UsageRecorder(usage_store, find_label=self.metrics.model_label)
         self._quotas = KeyQuotas(clock=self._server.clock, wall_clock=time.time, read_tokens=usage.read_tokens)
         fleet_routes = FleetRoutes(mesh, self.metrics, self._server, usage)
         self._client_names = ClientNames(guard.key_names)
         self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page, self._client_names, self._quotas)
+        self.in_process = InProcessClient(partial(self._handle, is_admitted=True), self._server, "batch")
 
     def __repr__(self) -> str:
         phase = "stopped" if self._stopped else self.mesh.gateway.state.value
@@ -132,7 +134,8 @@ class Gateway:
                 self._host,
                 extra={"event": "plain-http"},
             )
-        self._history_task = asyncio.create_task(self._page.keep_history(), name="page's hour")
+        if self._listens:
+            self._history_task = asyncio.create_task(self._page.keep_history(), name="page's hour")
         self._announce(GatewayPhase.SERVING)
         return self
 
@@ -147,9 +150,9 @@ class Gateway:
 
     def _announce(self, phase: GatewayPhase) -> None:
         """Tells the mesh the gateway's phase and addresses, for the status."""
-        self.mesh.set_gateway_state(
-            GatewayState(self.url, phase, socket=self._listener.unix_socket, access=self._local_access)
-        )
+        if self._listens:
+            socket = self._listener.unix_socket
+            self.mesh.set_gateway_state(GatewayState(self.url, phase, socket=socket, access=self._local_access))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -208,12 +211,10 @@ class Gateway:
         """The guard by the keys and the origins of ``topology``. Raises the errors of ``read_api_keys``: a key's
         variable is not set, or two keys have the same secret."""
         spec, rules = topology.gateway, ModelRules(topology.models)
-        keys = read_api_keys(
-            spec,
-            read_secret=config.read_secret,
-            read_secret_file=config.read_secret_file,
-            identity=rules.identity,
-        )
+        keys = None
+        if self._listens:
+            read, read_file = config.read_secret, config.read_secret_file
+            keys = read_api_keys(spec, read_secret=read, read_secret_file=read_file, identity=rules.identity)
         return Guard(keys, frozenset(spec.cors_origins), _find_hostnames(self._host, self._spec.socket))
 
     def apply(self, guard: Guard) -> None:
@@ -238,16 +239,18 @@ class Gateway:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def _handle(self, request: Request) -> Response | StreamingResponse:
+    async def _handle(self, request: Request, *, is_admitted: bool = False) -> Response | StreamingResponse:
         """The handler that the server calls for each request. Returns the reply: a handler's own, or an error in the
         shape of the client's API. Records the request's end. Raises ConnectionError if the client has left, or if a
-        part of an answer was sent: the client could not understand an error after it."""
+        part of an answer was sent: the client could not understand an error after it. ``is_admitted``: the request
+        comes from this process, and has its key already."""
         record = RequestRecord(self._server.clock, request.received_at, request.method, request.path)
         self._active[request] = ActiveRequest(next(self._numbers), record, asyncio.current_task(self._loop))
         self._idle.clear()
         reply: Response | StreamingResponse | None = None
         try:
-            self._admit(request)
+            if not is_admitted:
+                self._admit(request)
             reply = await self._router.route_request(request, record)
         except GPUMeshError as error:
             record.outcome = RequestOutcome.REFUSED if error_status(error) < 500 else RequestOutcome.FAILED

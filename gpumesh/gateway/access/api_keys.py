@@ -97,11 +97,25 @@ def read_api_keys(
         return bytes.fromhex(key.sha256)
 
     for key in spec.keys:
-        models = None if key.models is None else frozenset(map(identity, key.models))
-        nodes = _as_set(key.nodes)
-        limits = (key.rate, key.tokens_per_month)
-        add(read_digest(key), ClientKey(key.name, key.name, key.priority, nodes, models, *limits))
+        add(read_digest(key), _make_client_key(key, identity))
     return ApiKeys(keys)
+
+
+def find_key_by_name(spec: GatewaySpec, usage_name: str, identity: Callable[[str], str]) -> ClientKey | None:
+    """The key of mesh.yaml with this ``ClientKey.usage_name``, for a request that the gateway itself sends for its
+    holder; ``None`` if mesh.yaml has no such key any more. ``identity``: see ``read_api_keys``."""
+    if spec.api_key_env is not None:
+        shared_key = ClientKey(label=spec.api_key_env)
+        if shared_key.usage_name == usage_name:
+            return shared_key
+    return next((_make_client_key(key, identity) for key in spec.keys if key.name == usage_name), None)
+
+
+def _make_client_key(key: KeySpec, identity: Callable[[str], str]) -> ClientKey:
+    """The key of one holder. ``identity``: see ``read_api_keys``."""
+    models = None if key.models is None else frozenset(map(identity, key.models))
+    nodes = _as_set(key.nodes)
+    return ClientKey(key.name, key.name, key.priority, nodes, models, key.rate, key.tokens_per_month)
 
 
 def _as_set(names: Iterable[str] | None) -> frozenset[str] | None:
