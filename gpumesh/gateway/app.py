@@ -18,6 +18,7 @@ from typing import Self
 from gpumesh import config
 from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.outcomes import RequestOutcome
+from gpumesh.batches.base import BatchStore
 from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import ended_requests
@@ -25,6 +26,7 @@ from gpumesh.gateway.access.api_keys import read_api_keys
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.access.guard import Guard
 from gpumesh.gateway.access.quotas import KeyQuotas
+from gpumesh.gateway.batches.sender import GatewaySender
 from gpumesh.gateway.error_shapes import error_reply, error_reply_without_path, error_status
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
@@ -63,9 +65,9 @@ class Gateway:
 
     ``host`` and ``port`` replace those of mesh.yaml. On exit the gateway accepts no more clients, waits at most
     ``drain_s`` seconds until the requests in flight have ended, and closes. As soon as ``stop_now`` is set, the gateway
-    stops waiting for them. ``usage_store`` keeps what each key has used; the gateway closes it. With ``listens=False``
-    it has no address, and answers only requests of this process (``in_process``). Raises UsageError if other machines
-    can reach the address and no key is set, and MeshAlreadyRunning if the address is taken.
+    stops waiting for them. ``usage_store`` keeps what each key has used; the gateway closes it. Without ``batch_store``
+    it has no routes for batches. With ``listens=False`` it has no address, and its ``batch_sender`` works all the same.
+    Raises UsageError if other machines can reach the address and no key is set, and MeshAlreadyRunning if it is taken.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -83,6 +85,7 @@ class Gateway:
         stop_now: asyncio.Event | None = None,
         recent_log: RecentLog | None = None,
         listens: bool = True,
+        batch_store: BatchStore | None = None,
     ) -> None:
         spec = mesh.topology.gateway
         self.mesh = mesh
@@ -92,7 +95,6 @@ class Gateway:
         self._spec = spec
         self._listens = listens
         self._host = (host or spec.host) if listens else None
-        socket = spec.socket if listens else None
         self._access_log = access_log
         if self._host is not None:
             config.require_key_beyond_loopback(self._host, has_key=spec.needs_key)
@@ -106,7 +108,7 @@ class Gateway:
         self._idle.set()
         bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)  # MiB to bytes
         self._server = Server(self._handle, bounds, render_error=error_reply_without_path)
-        self._listener = HttpListener(self._host, spec.port if port is None else port, socket)
+        self._listener = HttpListener(self._host, spec.port if port is None else port, spec.socket if listens else None)
         figures = RecentFigures(self.metrics, mesh.request_counters)
         active = ActiveRequests(self._active, self._server.clock)
         self._page = UiPage(mesh, active, figures, writable=spec.needs_key, recent_log=recent_log)
@@ -115,8 +117,10 @@ class Gateway:
         self._quotas = KeyQuotas(clock=self._server.clock, wall_clock=time.time, read_tokens=usage.read_tokens)
         fleet_routes = FleetRoutes(mesh, self.metrics, self._server, usage)
         self._client_names = ClientNames(guard.key_names)
-        self._router = Router(mesh, fleet_routes, ModelStoreRoutes(mesh), self._page, self._client_names, self._quotas)
-        self.in_process = InProcessClient(partial(self._handle, is_admitted=True), self._server, "batch")
+        stores = ModelStoreRoutes(mesh)
+        self._router = Router(mesh, fleet_routes, stores, self._page, self._client_names, self._quotas, batch_store)
+        in_process = InProcessClient(partial(self._handle, is_admitted=True), self._server, "batch")
+        self.batch_sender = GatewaySender(in_process, mesh, usage.add_prompt)
 
     def __repr__(self) -> str:
         phase = "stopped" if self._stopped else self.mesh.gateway.state.value
@@ -243,7 +247,7 @@ class Gateway:
         """The handler that the server calls for each request. Returns the reply: a handler's own, or an error in the
         shape of the client's API. Records the request's end. Raises ConnectionError if the client has left, or if a
         part of an answer was sent: the client could not understand an error after it. ``is_admitted``: the request
-        comes from this process, and has its key already."""
+        comes from this process, has its key already, and gets an error as it is raised."""
         record = RequestRecord(self._server.clock, request.received_at, request.method, request.path)
         self._active[request] = ActiveRequest(next(self._numbers), record, asyncio.current_task(self._loop))
         self._idle.clear()
@@ -255,6 +259,8 @@ class Gateway:
         except GPUMeshError as error:
             record.outcome = RequestOutcome.REFUSED if error_status(error) < 500 else RequestOutcome.FAILED
             reply = error_reply(record.path, error, headers=_attempt_headers(record))
+            if is_admitted:
+                raise
         except ConnectionError:  # the client has left: nobody could read an error
             raise
         except asyncio.CancelledError:

@@ -9,6 +9,9 @@ from typing import Any
 
 from gpumesh.errors import (
     BackendError,
+    BatchConflict,
+    BatchNotFound,
+    BatchStoreError,
     DeadlineExceeded,
     GPUMeshError,
     ModelMissing,
@@ -39,9 +42,11 @@ def error_status(error: GPUMeshError) -> int:
             return error.status
         case UsageError():
             return 400
-        case ModelMissing():
+        case ModelMissing() | BatchNotFound():
             return 404
-        case QueueFull() | NoNodeError():
+        case BatchConflict():
+            return 409
+        case QueueFull() | NoNodeError() | BatchStoreError():
             return 503
         case DeadlineExceeded():
             return 504
@@ -142,8 +147,10 @@ def error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) ->
         headers = (*headers, ("Retry-After", str(wait_s)))
     # Which error of ours it is: several have the same status, and a server's own error has no such header.
     headers = (*headers, ("X-GPUMesh-Error", error.code))
-    # Without this header, the clients of OpenAI and Anthropic repeat a request with status 503 or 429.
-    if isinstance(error, ServersFailed) or (isinstance(error, TooManyRequests) and not error.may_retry):
+    # Without this header, the clients of OpenAI and Anthropic repeat a request with status 409, 429 or 503.
+    if isinstance(error, (ServersFailed, BatchConflict)) or (
+        isinstance(error, TooManyRequests) and not error.may_retry
+    ):
         headers = (*headers, ("X-Should-Retry", "false"))
     body = error_body(find_client_api(path), status, client_message(error))
     return json_response(body, status=status, headers=headers, close=status in _CLOSING_STATUSES)

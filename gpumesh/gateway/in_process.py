@@ -45,9 +45,10 @@ class InProcessClient:
         return f"<InProcessClient {self._address}>"
 
     async def post(self, path: str, headers: HeaderPairs, body: bytes, key: ClientKey | None) -> InProcessReply:
-        """Sends the body to this path, with the rights of ``key``, and returns the reply. An error is a reply, too.
-        Raises ConnectionError if only a part of the answer came, or if it is longer than ``MAX_REPLY_BYTES``. When this
-        call is cancelled, the request ends on its node."""
+        """Sends the body to this path, with the rights of ``key``, and returns the reply: an answer of a node, with
+        whatever status. Raises GPUMeshError where a client gets an error of the gateway, and ConnectionError if only a
+        part of the answer came, or if it is longer than ``MAX_REPLY_BYTES``. When this call is cancelled, the request
+        ends on its node."""
         connection = _InProcessConnection(self._server, self._address)
         head = RequestHead("POST", path, Headers(headers), is_http10=True, keep_alive=False)  # so nothing is chunked
         request = Request(connection, head, self._server.clock())

@@ -3,7 +3,8 @@
 There are four sorts of routes. Requests to ``MODEL_ROUTES`` go to a node that has the model (``model_forwarding``).
 Requests to ``ANY_NODE_ROUTES`` go to any node. Requests to routes that no table has go to a node that has the model
 that their body names (``find_model_route``). All other requests are answered by a handler: ``fleet_routes`` for
-questions about the whole fleet, ``model_store_routes`` for changes of model stores, ``page/`` for the web page.
+questions about the whole fleet, ``model_store_routes`` for changes of model stores, ``page/`` for the web page,
+``batches/`` for files and batches.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from msgspec.structs import replace
 
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import RequestOutcome
+from gpumesh.batches.base import BatchStore
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
 from gpumesh.gateway.access.quotas import KeyQuotas
+from gpumesh.gateway.batches import routes as batch_routes
 from gpumesh.gateway.error_shapes import error_reply
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.errors import BadRequest
@@ -59,13 +62,14 @@ _TEMPLATE_BY_PREFIX = {
     "/api/blobs/": "/api/blobs/{digest}",
     "/mesh/nodes/": "/mesh/nodes/{node}/{action}",
     "/mesh/requests/": "/mesh/requests/{number}/cancel",
+    **batch_routes.TEMPLATE_BY_PREFIX,
 }
 HandlersByMethod = tuple[tuple[tuple[str, ...], Handler], ...]
 """Pairs of methods and their handler."""
 
 
 class Router:
-    """The gateway's routes over one mesh."""
+    """The gateway's routes over one mesh. ``batch_store``: of the routes for batches; ``None``: there are none."""
 
     def __init__(
         self,
@@ -75,11 +79,13 @@ class Router:
         page: UiPage,
         client_names: ClientNames,
         quotas: KeyQuotas,
+        batch_store: BatchStore | None = None,
     ) -> None:
         self._mesh = mesh
         self._fleet_routes = fleet_routes
         self._forwarder = ModelForwarder(mesh, client_names, quotas)
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
+        self._batch_handlers = {} if batch_store is None else batch_routes.batch_handlers(batch_store)
 
     def apply(self, spec: GatewaySpec) -> None:
         """Takes over other settings of the gateway, for all later requests."""
@@ -103,7 +109,7 @@ class Router:
                 return _refuse_method(request, record, methods)
             _require_unlimited_key(request)
             return self._forward_to_any_node(request, record)
-        handlers = self._handlers.get(template)
+        handlers = self._handlers.get(template) or self._batch_handlers.get(template)
         if handlers is None:
             record.route = OTHER_ROUTE  # the route is a label of metrics: clients must not add names to it
             other_route = find_model_route(request.method, request.target)
@@ -111,7 +117,8 @@ class Router:
                 return self._forwarder.forward(request, record, other_route)
             raise BadRequest(f"there is no {path[:200]} here", status=404)
         record.route = template
-        _require_unlimited_key(request)
+        if template not in self._batch_handlers:
+            _require_unlimited_key(request)
         for methods, handler in handlers:
             if request.method in methods:
                 return handler(request)
