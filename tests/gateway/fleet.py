@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from gpumesh.batches.base import BatchStore
 from gpumesh.gateway.app import Gateway
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.observe.access_log import AccessLog
@@ -84,13 +85,21 @@ async def serve_nodes(
     bounds: Bounds | None = None,
     access_log: AccessLog | None = None,
     usage_store: UsageStore | None = None,
+    batch_store: BatchStore | None = None,
     drain_s: float = 10.0,
     models: tuple[ModelSpec, ...] = (),
 ) -> AsyncIterator[RunningGateway]:
     topology = Topology("test", nodes, replace(spec or GatewaySpec(), port=0), models=models)
     async with (
         Mesh(topology) as mesh,
-        Gateway(mesh, bounds=bounds, access_log=access_log, usage_store=usage_store, drain_s=drain_s) as gateway,
+        Gateway(
+            mesh,
+            bounds=bounds,
+            access_log=access_log,
+            usage_store=usage_store,
+            batch_store=batch_store,
+            drain_s=drain_s,
+        ) as gateway,
         loopback_client(base_url=gateway.url, timeout=20) as client,
     ):
         await mesh.wait_first_report(10.0)

@@ -1,0 +1,22 @@
+"""A gateway with a store of batches."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from gpumesh.batches.base import BatchStore
+from gpumesh.batches.sqlite.store import SqliteBatchStore
+from tests.gateway.fleet import RunningGateway, serve_hosts
+
+
+@asynccontextmanager
+async def serve_batches(folder: Path, *profiles: Any, **more: Any) -> AsyncIterator[tuple[RunningGateway, BatchStore]]:
+    """``profiles`` and ``more`` as for ``serve_hosts``."""
+    async with (
+        SqliteBatchStore(folder / "batches.sqlite") as store,
+        serve_hosts(*profiles, batch_store=store, **more) as running,
+    ):
+        yield running, store
