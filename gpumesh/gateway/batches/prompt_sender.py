@@ -11,7 +11,6 @@ from gpumesh.backends.base import ChatRequest, Message, ServerCounters
 from gpumesh.balancer.base import Priority
 from gpumesh.batches.prompt_lines import PromptEntry, read_prompt_line
 from gpumesh.batches.values import BatchRequest, Reply
-from gpumesh.errors import BackendStatus
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.models.default_model import choose_model
@@ -34,8 +33,9 @@ class PromptSender:
         return f"<PromptSender {self._mesh.topology.name}>"
 
     async def send(self, request: BatchRequest) -> Reply:
-        """Does what ``Sender.send`` promises for ``PROMPT_ENDPOINT``. Raises UsageError also for a prompt that no mesh
-        like this could take: it names a node that is not in mesh.yaml, or no model where there are several."""
+        """Does what ``Sender.send`` promises for ``PROMPT_ENDPOINT``. Raises also BackendStatus if the server refuses
+        the prompt, and UsageError for a prompt that this mesh cannot take: it names a node that is not in mesh.yaml, or
+        no model where there are several."""
         entry = read_prompt_line(request.body.decode("utf-8", "replace"), f"line {request.line}")
         began = self._clock()
         chat = self._mesh.chat(
@@ -48,10 +48,6 @@ class PromptSender:
         try:
             async with chat:
                 return await self._read_reply(chat, began)
-        except BackendStatus as error:  # the server refuses this prompt
-            total_ms = self._milliseconds_since(began)
-            document = {"response": None, "node": error.node, "total_ms": total_ms, "error": error.message}
-            return Reply(error.status, safe_json.dump_compact(document), error.node)
         finally:
             if chat.answer is not None:
                 self._on_answer_end(chat.answer)

@@ -12,7 +12,7 @@ import msgspec
 
 from gpumesh.balancer.base import Priority
 from gpumesh.batches.values import COMMAND_LINE, PROMPT_ENDPOINT, BatchRequest, Reply
-from gpumesh.errors import NoNodeError, QueueFull, StreamCut
+from gpumesh.errors import NoNodeError, StreamCut
 from gpumesh.gateway import ended_requests
 from gpumesh.gateway.access.api_keys import find_key_by_name
 from gpumesh.gateway.batches.owners import NO_KEY
@@ -28,7 +28,6 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 
 MIN_TIMEOUT_S = 0.001
-MAX_QUOTA_WAIT_S = 600.0  # mesh.yaml may allow more before a month ends
 STOPPED_STATUS = 503
 MAX_RETRY_DIGITS = 6
 
@@ -46,8 +45,7 @@ class GatewaySender:
         return f"<GatewaySender {self._client!r}>"
 
     async def send(self, request: BatchRequest) -> Reply:
-        """See ``Sender.send``. What the gateway itself refuses (403, 413 …) is a reply, too. A quota that is used up
-        raises QueueFull: the batch goes on when the owner may use more."""
+        """See ``Sender.send``. What the gateway itself refuses for good (403, 413 …) is a reply, too."""
         if request.endpoint == PROMPT_ENDPOINT:
             return await self._prompts.send(request)
         key = self._find_owner_key(request.owner)
@@ -58,8 +56,8 @@ class GatewaySender:
             return _refuse(400, "a request of a batch cannot stream its answer: leave out `stream`")
         try:
             reply = await self._client.post(request.endpoint, _make_headers(request), request.body, key)
-        except TooManyRequests as error:
-            raise QueueFull(error.message, retry_after_s=min(error.retry_after_s, MAX_QUOTA_WAIT_S)) from error
+        except TooManyRequests:
+            raise
         except BadRequest as error:
             return _refuse(error.status, client_message(error))
         except ConnectionError as error:
