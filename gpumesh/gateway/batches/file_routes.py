@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 
@@ -162,6 +163,7 @@ async def _send_content(request: Request, pieces: AsyncIterator[bytes]) -> Strea
             async for chunk in chunks:
                 stream.write(chunk)
                 await stream.drain()
+                await asyncio.sleep(0)  # a client that reads fast must not hold up the others
     stream.finish()
     return stream
 
