@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from gpumesh.batches.retries import judge_error
 from gpumesh.daemon.sessions.session import PromptRequest, Session
 from gpumesh.errors import GPUMeshError, QueueFull, StreamCut, UsageError
 
@@ -18,7 +19,6 @@ T = TypeVar("T")
 
 PROMPTS_PER_NODE = 8  # concurrent prompts for each node: enough for a node that runs several prompts at a time
 MAX_CONCURRENT_PROMPTS = 256  # of all nodes, so that a large batch does not flood the mesh's queue
-MAX_CUT_ANSWERS = 4  # of one prompt; after so many cut answers, the failure is the prompt's result
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +107,21 @@ async def send_until_whole(send: Callable[[], Awaitable[T]], on_cut: Callable[[]
     """The answer to a prompt of a batch, of which no part is shown before the whole has come.
 
     Waits while the queue is full, and sends the prompt again when its answer was cut; ``on_cut`` is called each time.
-    Raises StreamCut after ``MAX_CUT_ANSWERS``, and the other errors of ``send``.
+    A person waits for it, so that all other errors are not waited for. Raises StreamCut after ``MAX_TRIES`` cut
+    answers, and the other errors of ``send``.
     """
     cut_answers = 0
     while True:
         try:
             return await send()
-        except QueueFull as error:
-            await asyncio.sleep(error.retry_after_s)
-        except StreamCut:
-            cut_answers += 1
-            on_cut()
-            if cut_answers >= MAX_CUT_ANSWERS:
+        except (QueueFull, StreamCut) as error:
+            again = judge_error(error, cut_answers)
+            if isinstance(error, StreamCut):
+                cut_answers += 1
+                on_cut()
+            if again is None:
                 raise
+            await asyncio.sleep(again.delay_s)
 
 
 def _failed_result(index: int, text: str, began: float, attempts: int, error: GPUMeshError) -> PromptResult:

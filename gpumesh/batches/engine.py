@@ -1,0 +1,302 @@
+"""``BatchWorker``: takes requests out of a store, sends them through the mesh, and records their results.
+
+It keeps about as many requests under way as the mesh has slots, and a few more, which wait in the mesh's queue at
+priority ``batch``: so a slot that becomes free is used at once, unless another request waits. Each request is sent at
+least once. Its result is recorded exactly once, by the store. What the worker decides is in ``retries.py``; what it
+writes, in ``result_lines.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from gpumesh.batches.base import BatchStore, Sender
+from gpumesh.batches.request_lines import LineProblem, read_request_line
+from gpumesh.batches.result_lines import make_error_result, make_expired_result, make_result, request_id
+from gpumesh.batches.retries import MAX_LOST, TryAgain, judge_error, judge_reply
+from gpumesh.batches.validation import validate_batch
+from gpumesh.batches.values import BatchRequest, BatchStatus, Claim, Release, Result
+from gpumesh.errors import BatchError, BatchStoreError, GPUMeshError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_UNDER_WAY = 512
+RESULTS_AT_A_TIME = 64  # that are recorded together
+SEND_TIMEOUT_S = 3600.0  # of one try, waiting in the queue included
+
+
+@dataclass(frozen=True, slots=True)
+class WorkTimes:
+    """The times of a worker, in seconds.
+
+    ``renew_s``: between two renewals of the leases; so long may a cancelled request go on. ``idle_s``: between two
+    looks for requests while there are none; so late may one be sent that had to wait. ``settle_s``: between two calls
+    of ``settle``. ``pause_s``: after a failure of the store; each later pause is twice as long, up to
+    ``longest_pause_s``."""
+
+    lease_s: float = 30.0
+    renew_s: float = 2.0
+    idle_s: float = 2.0
+    settle_s: float = 5.0
+    pause_s: float = 1.0
+    longest_pause_s: float = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A claimed request. ``is_unwanted``: the store wants no result of it any more."""
+
+    claim: Claim
+    task: asyncio.Task[None] | None = None
+    is_unwanted: bool = False
+
+
+class BatchWorker:
+    """Works on the batches of ``store`` while ``run`` runs.
+
+    ``count_slots`` returns how many requests the mesh can run at once. ``clock`` returns seconds since 1970.
+    ``on_problem`` gets the error while the store cannot be used, and ``None`` when it can be used again.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        sender: Sender,
+        *,
+        count_slots: Callable[[], int],
+        times: WorkTimes | None = None,
+        clock: Callable[[], float] = time.time,
+        on_problem: Callable[[BatchStoreError | None], None] = lambda _: None,
+    ) -> None:
+        self.name = secrets.token_hex(8)
+        self._store = store
+        self._sender = sender
+        self._count_slots = count_slots
+        self._times = times or WorkTimes()
+        self._clock = clock
+        self._on_problem = on_problem
+        self._problem: BatchStoreError | None = None
+        self._under_way: dict[tuple[str, int], _Work] = {}  # until the store has the result or the release
+        self._results: list[Result] = []  # to be recorded
+        self._releases: list[Release] = []  # to be released
+        self._most_under_way: int | None = None  # while requests fail because nodes are away; ``None``: no limit
+        self._has_room = asyncio.Event()
+        self._has_news = asyncio.Event()  # something may be there to be claimed
+        self._has_output = asyncio.Event()
+
+    def __repr__(self) -> str:
+        state = "OK" if self._problem is None else "STORE AWAY"
+        return f"<BatchWorker {self.name} {state} {len(self._under_way)} under way>"
+
+    async def run(self) -> None:
+        """Works until it is cancelled. Then ends the requests under way, and gives them back to the store."""
+        try:
+            await self._use_store(lambda: self._store.begin_work(self.name))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._claim_requests(group), name="batch claims")
+                group.create_task(self._write_output(), name="batch results")
+                group.create_task(self._renew_claims(), name="batch leases")
+                group.create_task(self._watch_store(), name="batch store")
+        finally:
+            with suppress(BatchStoreError):  # the leases end by themselves
+                await self._give_back()
+
+    # -- what is under way ---------------------------------------------------------------------------------------
+
+    async def _claim_requests(self, group: asyncio.TaskGroup) -> None:
+        """Claims requests whenever there is room for some, and begins them."""
+        while True:
+            most, least = self._limits()
+            room = most - len(self._under_way)
+            if room < least:
+                self._has_room.clear()
+                await self._has_room.wait()
+                continue
+            self._has_news.clear()
+            claim = partial(self._store.claim, self.name, room, lease_s=self._times.lease_s)
+            claims = await self._use_store(claim)
+            for request in claims:
+                work = self._under_way[request.key] = _Work(request)
+                work.task = group.create_task(self._work_on(request), name="batch request")
+                work.task.add_done_callback(partial(self._note_cancelled, work))
+            if not claims:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._has_news.wait(), self._times.idle_s)
+
+    def _limits(self) -> tuple[int, int]:
+        """How many requests may be under way, and for how many of them there must be room before more are claimed: to
+        claim several at a time costs less."""
+        slots = max(self._count_slots(), 1)
+        spare = max(slots // 4, 2)
+        most = min(slots + spare, MAX_UNDER_WAY)
+        if self._most_under_way is not None and self._most_under_way < most:
+            return self._most_under_way, 1
+        return most, max(spare // 2, 1)
+
+    def _note_cancelled(self, work: _Work, task: asyncio.Task[None]) -> None:
+        """Releases a request that was ended because it is not wanted any more. Called when its task has ended."""
+        if task.cancelled() and work.is_unwanted:
+            self._releases.append(Release(work.claim))
+            self._has_output.set()
+
+    async def _work_on(self, claim: Claim) -> None:
+        """Gets the result of one request, or finds out that it has to wait."""
+        try:
+            outcome = await self._send(claim)
+        except Exception:  # a bug of ours: it must not end the work on all other requests
+            log.exception("the request %s of a batch failed inside", request_id(claim), extra={"event": "batch"})
+            error = GPUMeshError("gpumesh failed inside; its log says more")
+            outcome = _conclude(claim, judge_error(error, claim.tries), error)
+        if isinstance(outcome, Result):
+            self._results.append(outcome)
+        else:
+            self._releases.append(outcome)
+        self._has_output.set()
+
+    async def _send(self, claim: Claim) -> Result | Release:
+        """Sends one request once, unless that is of no use."""
+        remaining_s = claim.expires_at - self._clock()
+        if remaining_s <= 0.0:
+            return make_expired_result(claim)
+        if claim.lost >= MAX_LOST:
+            message = f"gpumesh was killed {claim.lost} times while this request was under way"
+            return make_error_result(claim, "failed", message)
+        try:
+            line = read_request_line(claim.endpoint, claim.content)
+        except LineProblem as problem:  # the input file is not what it was
+            return make_error_result(claim, problem.code, problem.message)
+        request = BatchRequest(
+            request_id(claim),
+            claim.batch_id,
+            claim.line,
+            line.custom_id,
+            claim.endpoint,
+            claim.owner,
+            line.body,
+            claim.group,
+            min(SEND_TIMEOUT_S, remaining_s),
+        )
+        try:
+            reply = await self._sender.send(request)
+        except GPUMeshError as error:
+            again = judge_error(error, claim.tries)
+            self._note_nodes(is_away=again is not None and again.is_away)
+            return _conclude(claim, again, error)
+        again = judge_reply(reply, claim.tries)
+        self._note_nodes(is_away=False)
+        if again is not None:
+            return Release(claim, again.delay_s, again.counts)
+        return make_result(claim, reply)
+
+    def _note_nodes(self, *, is_away: bool) -> None:
+        """Lets fewer requests be under way while they fail because of the nodes: each of them would only wait."""
+        if not is_away:
+            self._most_under_way = None
+        else:
+            most, _ = self._limits()
+            self._most_under_way = max(most // 2, 1)
+
+    # -- the store -----------------------------------------------------------------------------------------------
+
+    async def _write_output(self) -> None:
+        """Records results and releases claims, as they come. What comes while the store is busy is written together."""
+        while True:
+            await self._has_output.wait()
+            self._has_output.clear()
+            while self._results or self._releases:
+                await self._use_store(self._write_some)
+
+    async def _write_some(self) -> None:
+        """Writes some of what is to be written. Raises BatchStoreError, and then it is still to be written."""
+        results, releases = self._results[:RESULTS_AT_A_TIME], self._releases[:RESULTS_AT_A_TIME]
+        if results:
+            await self._store.record(self.name, results)
+            del self._results[: len(results)]
+            self._forget([result.claim for result in results])
+        if releases:
+            await self._store.release(self.name, releases)
+            del self._releases[: len(releases)]
+            self._forget([release.claim for release in releases])
+
+    def _forget(self, claims: list[Claim]) -> None:
+        for claim in claims:
+            self._under_way.pop(claim.key, None)
+        self._has_room.set()
+
+    async def _renew_claims(self) -> None:
+        """Renews the claims, and ends the requests that are not wanted any more."""
+        while True:
+            await asyncio.sleep(self._times.renew_s)
+            claims = [work.claim for work in self._under_way.values()]
+            if not claims:
+                continue
+            for key in await self._use_store(
+                partial(self._store.renew, self.name, claims, lease_s=self._times.lease_s)
+            ):
+                work = self._under_way.get(key)
+                if work is not None and work.task is not None and not work.task.done():
+                    work.is_unwanted = True
+                    work.task.cancel()
+
+    async def _watch_store(self) -> None:
+        """Reads the input files of new batches, and does what only time brings."""
+        next_settle_at = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            validating = partial(self._store.list_batches, statuses={BatchStatus.VALIDATING})
+            for batch in reversed(await self._use_store(validating)):
+                try:
+                    await self._use_store(partial(validate_batch, self._store, batch.id))
+                except BatchError as error:  # it was deleted meanwhile
+                    log.info("the batch %s is not read: %s", batch.id, error, extra={"event": "batch"})
+            self._has_news.set()
+            if loop.time() >= next_settle_at:
+                await self._use_store(self._store.settle)
+                next_settle_at = loop.time() + self._times.settle_s
+            await self._store.wait_for_change(self._times.settle_s)
+
+    async def _use_store(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does ``work``, again and again while the store cannot be used, and reports that once."""
+        pause_s = self._times.pause_s
+        while True:
+            try:
+                result = await work()
+            except BatchStoreError as error:
+                if self._problem is None:
+                    log.warning("batches wait: %s", error, extra={"event": "batch"})
+                    self._problem = error
+                    self._on_problem(error)
+            else:
+                if self._problem is not None:
+                    log.info("batches go on", extra={"event": "batch"})
+                    self._problem = None
+                    self._on_problem(None)
+                return result
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2.0, self._times.longest_pause_s)
+
+    async def _give_back(self) -> None:
+        """Writes the results that are there, and releases all other claims. Raises BatchStoreError."""
+        while self._results or self._releases:
+            await self._write_some()
+        releases = [Release(work.claim) for work in self._under_way.values()]
+        self._under_way.clear()
+        if releases:
+            await self._store.release(self.name, releases)
+
+
+def _conclude(claim: Claim, again: TryAgain | None, error: GPUMeshError) -> Result | Release:
+    """What becomes of a request without an answer."""
+    if again is not None:
+        return Release(claim, again.delay_s, again.counts)
+    return make_error_result(claim, error.code, error.message, node=error.node, attempts=claim.tries + 1)
