@@ -20,12 +20,11 @@ SLOTS_OF_ANY_NUMBER = 32  # of a node whose server says nothing about its slots,
 FINDING_CODE = "batch-store"
 
 
-async def open_store(stack: AsyncExitStack, mesh: Mesh, paths: MeshPaths) -> BatchStore | None:
+async def open_batches(stack: AsyncExitStack, mesh: Mesh, paths: MeshPaths) -> BatchStore | None:
     """Opens the store of the mesh's batches; the stack closes it. ``None`` if that is not possible, with a finding that
     says why: the mesh works without it."""
-    store = create_batch_store(mesh.topology, paths.batches)
     try:
-        return await stack.enter_async_context(store)
+        return await stack.enter_async_context(create_batch_store(mesh.topology, paths.batches))
     except BatchStoreError as error:
         log.warning("no batches: %s", error, extra={"event": "batch"})
         report_problem(mesh, error)

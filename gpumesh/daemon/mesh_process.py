@@ -17,6 +17,7 @@ from typing import Any
 
 from gpumesh.config.comparison import ConfigSnapshot
 from gpumesh.daemon import leftovers, log_file, run_record
+from gpumesh.daemon.batch_work import make_worker, open_batches
 from gpumesh.daemon.control_socket.server import ControlServer
 from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.paths import MeshPaths
@@ -30,7 +31,7 @@ from gpumesh.daemon.sessions.local_session import LocalSession
 from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.daemon.state_changes import compare_states
 from gpumesh.daemon.up_options import UpOptions
-from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
+from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, SecretMissing
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
 
@@ -126,26 +127,41 @@ async def run_mesh(
         if lock is not None:
             restoring = _restore_when_removed(control, lock, paths, shutdown, restore_interval_s)
             _run_until_closed(stack, restoring, name="keeper")
+        batch_store = await open_batches(stack, mesh, paths)
         async with AsyncExitStack() as serving:
             server: Gateway | None = None
-            if gateway:
+            if gateway or batch_store is not None:  # without an address it sends the requests of batches
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
-                server = Gateway(
-                    mesh,
-                    access_log=access_log,
-                    usage_store=open_store(paths.usage),
-                    stop_now=shutdown.forced,
-                    recent_log=recent_log,
-                )
+                try:
+                    server = Gateway(
+                        mesh,
+                        access_log=access_log,
+                        usage_store=open_store(paths.usage),
+                        stop_now=shutdown.forced,
+                        recent_log=recent_log,
+                        listens=gateway,
+                        batch_store=batch_store,
+                    )
+                except SecretMissing as error:  # of a key, which a mesh without a gateway needs for batches only
+                    if gateway:
+                        raise
+                    log.warning("no batches: %s", error.message, extra={"event": "batch"})
+            if server is not None:
                 if reloader is not None:
                     reloader.gateway = server
                 await serving.enter_async_context(server)
                 session.on_answer_end = server.usage.add_prompt
                 _run_until_closed(serving, server.usage.run(), name="usage")
-                log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
+                if batch_store is not None:
+                    worker = make_worker(batch_store, server.batch_sender, mesh)
+                    _run_until_closed(serving, worker.run(), name="batches")
+            address_text = "tunnels only"
+            if server is not None and gateway:
+                address_text = f"serves at {server.listen_description}"
+                log.info("the gateway %s", address_text, extra={"event": "gateway"})
             tune_garbage_collector(serving)
             if manager is not None:
-                manager.send_ready("tunnels only" if server is None else f"serves at {server.listen_description}")
+                manager.send_ready(address_text)
             yield session
             if manager is not None:
                 manager.send(STOPPING)
