@@ -123,7 +123,7 @@ def test_what_an_extra_installs_is_imported_only_where_its_absence_is_explained(
         extra: [package] for extra, package in PACKAGES.items()
     }
     places = {(package, file.parts[1]) for file, package, _ in imports("gpumesh") if package in PACKAGES.values()}
-    assert places == {("aiohttp", "lab"), ("redis", "coordination")}
+    assert places == {("aiohttp", "lab"), ("redis", "batches"), ("redis", "coordination")}
     assert f"{DISTRIBUTION}[{','.join(PACKAGES)}]" in EXTRAS["dev"]
     assert PROJECT["project"]["name"] == DISTRIBUTION
 

@@ -1,0 +1,101 @@
+-- Files: their bytes are in strings of SEGMENT_BYTES each, because one string for all would be copied as it grows.
+
+local UPLOAD_REMOVED = { 'conflict', 'no part of the file came for too long, so its beginning was removed' }
+
+-- file, offset, bytes: stores a piece of a file that is not whole yet. A piece does not reach over the end of a segment.
+function functions.put_piece(id, offset, bytes)
+  local segment = math.floor(offset / SEGMENT_BYTES)
+  if tonumber(offset) > 0 and not call('ZSCORE', UPLOADS, id) then return UPLOAD_REMOVED end
+  call('ZADD', UPLOADS, stamp(now), id)
+  call('EXPIRE', UPLOADS, DAY_S)
+  if #bytes > 0 then
+    call('SETRANGE', file_key(id, segment), offset % SEGMENT_BYTES, bytes)
+    call('EXPIRE', file_key(id, segment), DAY_S) -- if nobody ever calls `settle`
+  end
+  return { 'ok' }
+end
+
+local function delete_segments(id)
+  local segment = 0
+  while call('UNLINK', file_key(id, segment)) == 1 do
+    segment = segment + 1
+  end
+end
+
+-- file: removes what there is of a file that will not be whole.
+function functions.drop_upload(id)
+  if call('ZREM', UPLOADS, id) == 1 then delete_segments(id) end
+  return { 'ok' }
+end
+
+-- file, seconds, then fields and values: the file is whole, and kept for so long. Called a second time, it does nothing.
+function functions.finish_upload(id, kept_s, ...)
+  if call('EXISTS', file_key(id)) == 0 then
+    if call('ZREM', UPLOADS, id) == 0 then return UPLOAD_REMOVED end
+    call('HSET', file_key(id), 'created_at', stamp(now), ...)
+    call('ZADD', FILES, stamp(-now * 1e6), id)
+    keep_file(id, now + kept_s)
+  end
+  return { 'ok', call('HGETALL', file_key(id)) }
+end
+
+function functions.get_file(id)
+  local fields = call('HGETALL', file_key(id))
+  if #fields == 0 then return { 'not-found' } end
+  return { 'ok', fields }
+end
+
+-- owner, "1" for the files of every owner, the last id of the call before, limit: the ids and fields of the files.
+function functions.list_files(owner, every_owner, after, limit)
+  local files = {}
+  for _, id in ipairs(ids_after(FILES, after) or {}) do
+    if #files >= tonumber(limit) then break end
+    local fields = call('HGETALL', file_key(id))
+    if #fields > 0 and (every_owner == '1' or call('HGET', file_key(id), 'owner') == owner) then
+      files[#files + 1] = { id, fields }
+    end
+  end
+  return { 'ok', files }
+end
+
+local function read_bytes(id, offset, size)
+  local parts = {}
+  while size > 0 do
+    local segment, start = math.floor(offset / SEGMENT_BYTES), offset % SEGMENT_BYTES
+    local length = math.min(size, SEGMENT_BYTES - start)
+    parts[#parts + 1] = call('GETRANGE', file_key(id, segment), start, start + length - 1)
+    offset, size = offset + length, size - length
+  end
+  return table.concat(parts)
+end
+
+-- file, offset, size: so many bytes of it, fewer at its end.
+function functions.read_piece(id, offset, size)
+  local file_size = tonumber(call('HGET', file_key(id), 'size'))
+  if not file_size then return { 'not-found' } end
+  offset = tonumber(offset)
+  return { 'ok', read_bytes(id, offset, math.min(tonumber(size), file_size - offset)) }
+end
+
+function functions.delete_file(id)
+  if call('EXISTS', file_key(id)) == 0 then return { 'not-found' } end
+  for _, batch in ipairs(call('ZRANGE', OPEN, 0, -1)) do
+    if call('HGET', batch_key(batch), 'file') == id then
+      return { 'conflict', 'the batch ' .. batch .. ' needs this file and has not ended' }
+    end
+  end
+  call('ZREM', FILES, id)
+  call('UNLINK', file_key(id))
+  delete_segments(id)
+  return { 'ok' }
+end
+
+-- Removes files that were not whole for too long, and the ids of files that have expired.
+local function sweep_files(silent_s)
+  for _, id in ipairs(call('ZRANGEBYSCORE', UPLOADS, '-inf', stamp(now - silent_s))) do
+    functions.drop_upload(id)
+  end
+  for _, id in ipairs(call('ZRANGE', FILES, 0, -1)) do
+    if call('EXISTS', file_key(id)) == 0 then call('ZREM', FILES, id) end
+  end
+end

@@ -1,0 +1,147 @@
+"""``RedisScript``: calls the functions of the Lua files of this room in Redis, each call in one step.
+
+Each function may be called a second time with the same arguments, without doing more than the first call: so a call
+whose answer was lost is repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from gpumesh.batches.redis.answers import Argument, encode
+from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError, GPUMeshError
+from gpumesh.event_loop.cancellation import raise_if_cancelled
+from gpumesh.text.printable import printable
+
+LUA_FILES = ("common.lua", "files.lua", "batches.lua", "work.lua")  # in this order: each uses what those before define
+CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 5.0
+MAX_CALLS = 4  # at the same time
+KEY_VERSION = 1
+
+
+class RedisScript:
+    """The functions, for the batches of one mesh in the Redis at ``url``, which holds no password.
+
+    ``password`` is called at each connect, and its result is not stored. Connects when it is used first.
+    """
+
+    def __init__(self, url: str, mesh: str, *, password: Callable[[], str | None]) -> None:
+        self.prefix = f"gpumesh:{KEY_VERSION}:{{{mesh}}}:batches"
+        self.description = describe_url(url)
+        self._url = url
+        self._password = password
+        self._client: redis.Redis | None = None
+        self._text = "\n".join((resources.files(__package__) / "lua" / name).read_text() for name in LUA_FILES)
+        self._digest = hashlib.sha1(self._text.encode(), usedforsecurity=False).hexdigest()  # as Redis names a script
+        self._room = asyncio.Semaphore(MAX_CALLS)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(RedisError, OSError):
+                await client.aclose()
+
+    async def call(self, function: str, *arguments: Argument) -> list[Any]:
+        """Returns the members of the function's answer after the ``ok``: integers, bytes, and lists of them.
+
+        Raises BatchNotFound and BatchConflict if the function says so, and BatchStoreError if Redis cannot be used.
+        """
+        encoded = tuple(encode(argument) for argument in arguments)
+        async with self._room:
+            answer = await self._repeat_if_lost(function, encoded)
+        raise_if_cancelled()
+        match answer:
+            case [b"ok", *members]:
+                return members
+            case [b"not-found"]:
+                raise BatchNotFound("there is no such batch or file")
+            case [b"conflict", bytes(message)]:
+                raise BatchConflict(printable(message.decode(errors="replace"), 300))
+        raise BatchStoreError(f"{self.description} does not answer as Redis does")
+
+    async def wait_for_entry(self, stream: str, after: str, timeout_s: float) -> str:
+        """Returns the id of the newest entry of a stream when there is one after the id ``after``; ``after`` itself
+        when there is none within ``timeout_s``. Raises BatchStoreError."""
+        milliseconds = max(1, int(timeout_s * 1000))
+        client = self._make_client(answer_timeout_s=timeout_s + ANSWER_TIMEOUT_S)
+        try:
+            async with contextlib.aclosing(client):
+                key = f"{self.prefix}:{stream}"
+                if not await client.xread({key: after}, count=1, block=milliseconds):
+                    return after
+                return _first_id(await client.xrevrange(key, count=1)) or after
+        except Exception as error:
+            raise self._store_error(error) from error
+
+    async def _repeat_if_lost(self, function: str, arguments: tuple[bytes, ...]) -> Any:
+        """Calls the function, and once more if the connection was lost: most often because Redis was restarted, and
+        the connection is older."""
+        try:
+            try:
+                return await self._evaluate(function, arguments)
+            except RedisConnectionError as error:
+                if isinstance(error, RedisTimeoutError):
+                    raise
+                raise_if_cancelled()
+                return await self._evaluate(function, arguments)
+        # redis-py raises more than it documents when a server answers in another protocol (coordination/).
+        except Exception as error:
+            raise self._store_error(error) from error
+
+    async def _evaluate(self, function: str, arguments: tuple[bytes, ...]) -> Any:
+        if self._client is None:
+            self._client = self._make_client(answer_timeout_s=ANSWER_TIMEOUT_S)
+        try:
+            return await self._client.evalsha(self._digest, 1, self.prefix, function, *arguments)
+        except NoScriptError:  # Redis is new, or was restarted
+            return await self._client.eval(self._text, 1, self.prefix, function, *arguments)
+
+    def _make_client(self, *, answer_timeout_s: float) -> redis.Redis:
+        return redis.Redis.from_url(
+            self._url,
+            password=self._password(),
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=answer_timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            client_name="gpumesh-batches",
+        )
+
+    def _store_error(self, error: Exception) -> BatchStoreError:
+        """The error that says why Redis cannot be used. redis-py's messages name host and port, never the password."""
+        if isinstance(error, (RedisError, OSError, GPUMeshError)):
+            reason = printable(str(error), 300) or type(error).__name__
+        else:
+            reason = f"it does not answer as Redis does ({type(error).__name__})"
+        return BatchStoreError(
+            f"{self.description} cannot be used for batches: {reason}",
+            hint="check that `redis.url` in mesh.yaml is right, and that Redis runs and answers",
+        )
+
+
+def _first_id(entries: Any) -> str | None:
+    """The id of the first entry of an answer of XREVRANGE."""
+    match entries:
+        case [(bytes(entry_id), _), *_]:
+            return entry_id.decode(errors="replace")
+    return None
+
+
+def describe_url(url: str) -> str:
+    """``Redis at host:6379`` or ``Redis at /run/redis.sock``: without user and password."""
+    parts = urlsplit(url)
+    place = parts.path if parts.scheme == "unix" else parts.netloc.rpartition("@")[2]
+    return f"Redis at {place}"
