@@ -19,7 +19,6 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from gpumesh.batches.redis.answers import Argument, encode
 from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError, GPUMeshError
@@ -93,9 +92,7 @@ class RedisScript:
         try:
             try:
                 return await self._evaluate(function, arguments)
-            except RedisConnectionError as error:
-                if isinstance(error, RedisTimeoutError):
-                    raise
+            except RedisConnectionError:
                 raise_if_cancelled()
                 return await self._evaluate(function, arguments)
         # redis-py raises more than it documents when a server answers in another protocol (coordination/).
