@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from sqlite3 import Connection
 from typing import Any
 
-from gpumesh.batches.sqlite.files import find_file, list_rows
+from gpumesh.batches.sqlite.files import find_file, list_rows, storable
 from gpumesh.batches.values import (
     MAX_KEPT_ERRORS,
     Batch,
@@ -43,7 +43,7 @@ def add_batch(connection: Connection, batch_id: str, new: NewBatch, now: float) 
             new.endpoint,
             file_number,
             new.input_file_id,
-            new.name,
+            storable(new.name),
             new.window_s,
             new.owner,
             json.dumps(dict(new.metadata)),
@@ -130,27 +130,31 @@ def add_requests(
     ((kept,),) = connection.execute("SELECT count(*) FROM line_errors WHERE batch = ?", (number,))
     connection.executemany(
         "INSERT INTO line_errors VALUES (?, ?, ?, ?)",
-        ((number, error.line, error.code, error.message) for error in errors[: max(MAX_KEPT_ERRORS - kept, 0)]),
+        (
+            (number, error.line, error.code, storable(error.message))
+            for error in errors[: max(MAX_KEPT_ERRORS - kept, 0)]
+        ),
     )
     return True
 
 
 def finish_validation(connection: Connection, batch_id: str, through_line: int, now: float) -> Batch:
     """As ``BatchStore.finish_validation``."""
+    number = find_number(connection, batch_id)
     connection.execute(
         "UPDATE batches SET is_validated = 1, status = iif(total, ?, ?), in_progress_at = iif(total, ?, NULL),"
-        " ended_at = iif(total, NULL, ?) WHERE id = ? AND status = ? AND read_lines = ?",
+        " ended_at = iif(total, NULL, ?) WHERE number = ? AND status = ? AND read_lines = ?",
         (
             BatchStatus.IN_PROGRESS.value,
             BatchStatus.FAILED.value,
             now,
             now,
-            batch_id,
+            number,
             BatchStatus.VALIDATING.value,
             through_line,
         ),
     )
-    end_when_done(connection, find_number(connection, batch_id), now)  # after ``retry`` it may have all its results
+    end_when_done(connection, number, now)  # after ``retry`` it may have all its results
     return get_batch(connection, batch_id, now)
 
 
@@ -245,7 +249,7 @@ def remove_rows(connection: Connection, number: int) -> bool:
 
 def _find_row(connection: Connection, batch_id: str) -> tuple[Any, ...]:
     row: tuple[Any, ...] | None = connection.execute(
-        f"SELECT {_COLUMNS} FROM batches WHERE id = ? AND status != ?", (batch_id, DELETED_STATUS)
+        f"SELECT {_COLUMNS} FROM batches WHERE id = ? AND status != ?", (storable(batch_id), DELETED_STATUS)
     ).fetchone()
     if row is None:
         raise BatchNotFound(f"there is no batch {batch_id!r}")

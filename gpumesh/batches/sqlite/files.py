@@ -17,12 +17,18 @@ DELETED_CHUNKS = 32  # chunks that are deleted in one transaction
 _COLUMNS = "id, name, size, created_at, purpose, owner"
 
 
+def storable(text: str) -> str:
+    """The text as SQLite can store it, and as it is looked for: with a question mark for each lone surrogate. The name
+    of a file may have such, the ``custom_id`` of a line too."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def begin_file(connection: Connection, file_id: str, name: str, purpose: str, owner: str, now: float) -> int:
     """Makes a file that nobody sees yet. Returns its number."""
     cursor = connection.execute(
         "INSERT INTO files (id, name, size, purpose, owner, created_at, used_at, state)"
         " VALUES (?, ?, 0, ?, ?, ?, ?, ?)",
-        (file_id, name, purpose, owner, now, now, WRITING),
+        (file_id, storable(name), purpose, owner, now, now, WRITING),
     )
     assert cursor.lastrowid is not None, "an INSERT of one row has a row id"
     return cursor.lastrowid
@@ -49,7 +55,7 @@ def finish_file(connection: Connection, number: int) -> StoredFile:
 def find_file(connection: Connection, file_id: str) -> tuple[int, StoredFile]:
     """The number of a file and its values. Raises BatchNotFound."""
     row = connection.execute(
-        f"SELECT number, {_COLUMNS} FROM files WHERE id = ? AND state = ?", (file_id, WHOLE)
+        f"SELECT number, {_COLUMNS} FROM files WHERE id = ? AND state = ?", (storable(file_id), WHOLE)
     ).fetchone()
     if row is None:
         raise BatchNotFound(f"there is no file {file_id!r}")
@@ -79,7 +85,7 @@ def list_rows(
         conditions, values = [*conditions, "owner = ?"], [*values, owner]
     if after is not None:
         conditions = [*conditions, f"(created_at, id) < (SELECT created_at, id FROM {table} WHERE id = ?)"]
-        values = [*values, after]
+        values = [*values, storable(after)]
     query = f"SELECT {columns} FROM {table} WHERE {' AND '.join(conditions)} ORDER BY created_at DESC, id DESC LIMIT ?"
     return connection.execute(query, (*values, limit)).fetchall()
 
