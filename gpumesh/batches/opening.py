@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpumesh import config
 from gpumesh.batches.base import BatchStore
+from gpumesh.config.extras import need_extra
 from gpumesh.topology import Topology
 
 
 def create_batch_store(topology: Topology, path: Path) -> BatchStore:
     """The store of the batches of this mesh, for commands and for the mesh itself. ``async with`` opens and closes it.
-    ``path``: the SQLite file (``MeshPaths.batches``)."""
-    from gpumesh.batches.sqlite.store import SqliteBatchStore
+    ``path``: the SQLite file (``MeshPaths.batches``), for a mesh without ``redis``. Raises GPUMeshError if redis-py is
+    needed and not installed."""
+    spec = topology.redis
+    if spec is None:
+        from gpumesh.batches.sqlite.store import SqliteBatchStore
 
-    del topology  # its section ``redis`` will choose the other store
+        return SqliteBatchStore(path)
+    with need_extra("redis", "`redis:` in mesh.yaml"):
+        from gpumesh.batches.redis.store import RedisBatchStore
 
-    return SqliteBatchStore(path)
+    variable = spec.password_env
+    return RedisBatchStore(
+        spec.url, topology.name, password=lambda: None if variable is None else config.read_secret(variable)
+    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpumesh.batches.base import BatchStore
-from gpumesh.batches.redis.store import RedisBatchStore
+from gpumesh.batches.opening import create_batch_store
 from gpumesh.batches.values import Batch, Claim, NewBatch, NewRequest, Result, StoredFile
+from gpumesh.topology import RedisSpec, Topology
 from tests.redis_server import RedisServer
 
 ENDPOINT = "/v1/chat/completions"
@@ -27,10 +27,8 @@ class StorePlace:
     redis: RedisServer | None = None
 
     def open(self) -> BatchStore:
-        if self.redis is not None:
-            return RedisBatchStore(self.redis.url, self.path.name, password=lambda: None)
-        store: BatchStore = importlib.import_module("gpumesh.batches.sqlite.store").SqliteBatchStore(self.path)
-        return store
+        topology = Topology(self.path.name, (), redis=None if self.redis is None else RedisSpec(self.redis.url))
+        return create_batch_store(topology, self.path)
 
 
 async def one_chunk(content: bytes) -> AsyncIterator[bytes]:

@@ -53,7 +53,7 @@ async def test_a_file_comes_back_whole_and_in_parts(store: BatchStore, other: Ba
             yield b""
 
     made = await store.create_file("näme \udcff.jsonl", chunks(), owner="a key", purpose="batch")
-    assert (made.name, made.size, made.owner, made.purpose) == ("näme \udcff.jsonl", size, "a key", "batch")
+    assert (made.name, made.size, made.owner, made.purpose) == ("näme ?.jsonl", size, "a key", "batch")
     assert await other.get_file(made.id) == made
     assert await read_all(other, made.id) == content
     for offset, length in ((0, 10), (size // 2, 300_000), (max(0, size - 5), 100), (size, 1), (size + 9, 1), (0, 0)):
@@ -179,7 +179,8 @@ async def test_lines_are_added_once_and_bad_ones_are_counted(store: BatchStore, 
     read = await other.finish_validation(batch.id, through_line=200)
     assert (read.status, read.counts.total, read.read_lines) == (BatchStatus.IN_PROGRESS, 3, 200)
     assert read.in_progress_at is not None
-    assert read.errors == tuple(errors[:MAX_KEPT_ERRORS])
+    assert [(error.line, error.code) for error in read.errors] == [(line, "bad") for line in range(4, 104)]
+    assert read.errors[0].message == "so bad: 4 ?"
     assert read.error_count == MAX_KEPT_ERRORS + 10
     assert (await other.finish_validation(batch.id, through_line=200)).status is BatchStatus.IN_PROGRESS
     assert not await other.add_requests(batch.id, requests, [], after_line=200, through_line=201)

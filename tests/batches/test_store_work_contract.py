@@ -186,6 +186,18 @@ async def test_a_batch_that_is_read_is_cancelled(store: BatchStore, other: Batch
     assert (await store.finish_validation(batch.id, through_line=1)).status is BatchStatus.CANCELLED
 
 
+async def test_a_batch_that_was_cancelled_while_it_was_read_is_read_on(store: BatchStore, other: BatchStore) -> None:
+    lines = [b"line 1", b"line 2"]
+    batch = await store.create_batch(NewBatch(ENDPOINT, (await store_lines(store, lines)).id))
+    await store.add_requests(batch.id, requests_of(lines)[:1], [], after_line=0, through_line=1)
+    await store.cancel(batch.id)
+    again = await other.retry(batch.id)
+    assert (again.status, again.read_lines, again.ended_at) == (BatchStatus.VALIDATING, 1, None)
+    assert await other.add_requests(batch.id, requests_of(lines)[1:], [], after_line=1, through_line=2)
+    assert (await other.finish_validation(batch.id, through_line=2)).status is BatchStatus.IN_PROGRESS
+    assert lines_of(await store.claim("w", 9, lease_s=LONG_S)) == [1, 2]
+
+
 async def test_a_cancelled_batch_waits_for_the_requests_under_way(store: BatchStore, other: BatchStore) -> None:
     batch = await start_batch(store, 4)
     claims = await store.claim("w", 3, lease_s=LONG_S)

@@ -30,13 +30,9 @@ Argument = str | bytes | int | float
 
 
 def encode(argument: Argument) -> bytes:
-    """The argument as Redis gets it. A text may have lone surrogates: those of JSON, and bytes of a file's name."""
-    return argument if isinstance(argument, bytes) else str(argument).encode("utf-8", "surrogatepass")
-
-
-def decode(text: bytes) -> str:
-    """The text of which ``encode`` made ``text``. Raises ValueError."""
-    return text.decode("utf-8", "surrogatepass")
+    """The argument as Redis gets it. Lone surrogates of a text become question marks, as in the SQLite store: the name
+    of a file may have such, the ``custom_id`` of a line too."""
+    return argument if isinstance(argument, bytes) else str(argument).encode("utf-8", "replace")
 
 
 def _checked(read: Callable[P, R]) -> Callable[P, R]:
@@ -68,7 +64,7 @@ def read_stored_file(file_id: str, answer: list[bytes]) -> StoredFile:
 
 @_checked
 def read_files(answer: list[Any]) -> list[StoredFile]:
-    return [read_stored_file(decode(file_id), fields) for file_id, fields in answer]
+    return [read_stored_file(file_id.decode(), fields) for file_id, fields in answer]
 
 
 @_checked
@@ -84,7 +80,7 @@ def read_batch(answer: list[Any]) -> Batch:
         return float(fields[name]) if name in fields else None
 
     return Batch(
-        id=decode(batch_id),
+        id=batch_id.decode(),
         new=NewBatch(
             endpoint=fields["endpoint"],
             input_file_id=fields["file"],
@@ -122,16 +118,16 @@ def read_batches(answer: list[Any]) -> list[Batch]:
 def read_claims(answer: list[Any]) -> list[Claim]:
     return [
         Claim(
-            batch_id=decode(batch_id),
+            batch_id=batch_id.decode(),
             line=int(line),
             content=content,
-            endpoint=decode(endpoint),
-            owner=decode(owner),
-            group=decode(group),
+            endpoint=endpoint.decode(),
+            owner=owner.decode(),
+            group=group.decode(),
             expires_at=float(expires_at),
             tries=int(tries),
             lost=int(lost),
-            token=decode(token),
+            token=token.decode(),
         )
         for batch_id, line, content, endpoint, owner, group, expires_at, tries, lost, token in answer
     ]
@@ -140,14 +136,14 @@ def read_claims(answer: list[Any]) -> list[Claim]:
 @_checked
 def read_results(answer: list[Any]) -> list[RecordedResult]:
     return [
-        RecordedResult(position=decode(position), line=int(line), content=content, failed=failed == 1)
+        RecordedResult(position=position.decode(), line=int(line), content=content, failed=failed == 1)
         for position, line, content, failed in answer
     ]
 
 
 def write_error(error: LineError) -> str:
     """A bad line as it is stored."""
-    return json.dumps([error.line, error.code, error.message])
+    return json.dumps([error.line, error.code, encode(error.message).decode()])
 
 
 def write_request(request: NewRequest) -> str:
@@ -158,5 +154,5 @@ def write_request(request: NewRequest) -> str:
 
 def _read_fields(answer: Iterable[bytes]) -> dict[str, str]:
     """The fields of a hash, from their names and values in turn."""
-    texts = [decode(text) for text in answer]
+    texts = [text.decode() for text in answer]
     return dict(zip(texts[::2], texts[1::2], strict=True))

@@ -66,10 +66,10 @@ class RedisScript:
         match answer:
             case [b"ok", *members]:
                 return members
-            case [b"not-found"]:
-                raise BatchNotFound("there is no such batch or file")
+            case [b"not-found", bytes(message)]:
+                raise BatchNotFound(printable(message))
             case [b"conflict", bytes(message)]:
-                raise BatchConflict(printable(message.decode(errors="replace"), 300))
+                raise BatchConflict(printable(message))
         raise BatchStoreError(f"{self.description} does not answer as Redis does")
 
     async def wait_for_entry(self, stream: str, after: str, timeout_s: float) -> str:

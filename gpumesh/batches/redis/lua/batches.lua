@@ -28,7 +28,6 @@ end
 local function end_batch(id, status)
   call('HSET', batch_key(id), 'status', status, 'ended_at', stamp(now))
   call('ZREM', OPEN, id)
-  call('DEL', batch_key(id, 'sorting'))
   keep_file(call('HGET', batch_key(id), 'file'), keep_batch(id))
   announce_change()
 end
@@ -65,7 +64,7 @@ end
 -- batch, file, seconds of the window, kept seconds, owner, then fields and values. Called a second time, it does nothing.
 function functions.create_batch(id, file, window_s, kept_s, owner, ...)
   if call('EXISTS', batch_key(id)) == 0 then
-    if call('EXISTS', file_key(file)) == 0 then return { 'not-found' } end
+    if call('EXISTS', file_key(file)) == 0 then return no_file(file) end
     call('HSET', batch_key(id), 'status', 'validating', 'created_at', stamp(now), 'expires_at', stamp(now + window_s),
       'file', file, 'window_s', window_s, 'kept_s', kept_s, 'owner', owner, 'read_lines', 0, ...)
     call('ZADD', ALL, stamp(-now * 1e6), id)
@@ -77,7 +76,7 @@ function functions.create_batch(id, file, window_s, kept_s, owner, ...)
 end
 
 function functions.get_batch(id)
-  if not status_of(id) then return { 'not-found' } end
+  if not status_of(id) then return no_batch(id) end
   return batch_answer(id)
 end
 
@@ -100,7 +99,7 @@ end
 -- member of `sorting`. These may be more than a call of Lua can have, so they are read out of ARGV.
 function functions.add_requests(id, after_line, through_line, kept_errors, bad_count)
   local status = status_of(id)
-  if not status then return { 'not-found' } end
+  if not status then return no_batch(id) end
   if status ~= 'validating' or number_of(id, 'read_lines') ~= tonumber(after_line) then return { 'ok', 0 } end
   local first_bad = 7
   bad_count = tonumber(bad_count)
@@ -123,7 +122,7 @@ end
 -- are moved, and the batch is in progress.
 function functions.finish_validation(id, through_line)
   local status = status_of(id)
-  if not status then return { 'not-found' } end
+  if not status then return no_batch(id) end
   if status ~= 'validating' or number_of(id, 'read_lines') ~= tonumber(through_line) then return batch_answer(id) end
   if number_of(id, 'total') == 0 then
     end_batch(id, 'failed')
@@ -141,14 +140,14 @@ function functions.finish_validation(id, through_line)
   end
   keep_batch(id)
   if call('EXISTS', sorting) == 1 then return { 'ok', describe(id), 'more' } end
-  call('HSET', batch_key(id), 'status', 'in_progress', 'in_progress_at', stamp(now))
+  call('HSET', batch_key(id), 'status', 'in_progress', 'in_progress_at', stamp(now), 'is_read', 1)
   announce_change()
   return batch_answer(id)
 end
 
 function functions.cancel(id)
   local status = status_of(id)
-  if not status then return { 'not-found' } end
+  if not status then return no_batch(id) end
   if status == 'validating' or status == 'in_progress' then
     call('HSET', batch_key(id), 'status', 'cancelling', 'cancelling_at', stamp(now))
     end_if_cancelled(id)
@@ -165,13 +164,14 @@ local function free_request(id, entry)
 end
 
 -- batch: takes back a piece of the failed results. The answer ends with "more" until none is left, and the batch is in
--- progress again.
+-- progress again. A batch that was cancelled while its file was read is read again from there on.
 function functions.retry(id)
   local status = status_of(id)
-  if not status then return { 'not-found' } end
+  if not status then return no_batch(id) end
   if not ENDED[status] or status == 'failed' then return { 'conflict', 'the batch is ' .. status } end
   local total = number_of(id, 'total')
-  if number_of(id, 'completed') == total then return batch_answer(id) end
+  local is_read = number_of(id, 'is_read') == 1
+  if is_read and number_of(id, 'completed') == total then return batch_answer(id) end
   local file = call('HGET', batch_key(id), 'file')
   if call('EXISTS', file_key(file)) == 0 then return { 'conflict', 'the input file of the batch was deleted' } end
   local failed = batch_key(id, 'failed')
@@ -184,12 +184,16 @@ function functions.retry(id)
     call('HINCRBY', batch_key(id), 'error_bytes', -(#content + 1))
   end
   if call('XLEN', failed) > 0 then return { 'ok', describe(id), 'more' } end
-  for _, entry in ipairs(call('XPENDING', batch_key(id, 'work'), GROUP, '-', '+', 100000)) do
-    free_request(id, entry[1]) -- also those that were released or lost before the batch was cancelled
+  if is_read then
+    for _, entry in ipairs(call('XPENDING', batch_key(id, 'work'), GROUP, '-', '+', 100000)) do
+      free_request(id, entry[1]) -- also those that were released or lost before the batch was cancelled
+    end
+    call('DEL', batch_key(id, 'tries'))
+    call('HSET', batch_key(id), 'status', 'in_progress', 'in_progress_at', stamp(now))
+  else
+    call('HSET', batch_key(id), 'status', 'validating')
   end
-  call('DEL', batch_key(id, 'tries'))
-  call('HSET', batch_key(id), 'status', 'in_progress', 'in_progress_at', stamp(now),
-    'expires_at', stamp(now + number_of(id, 'window_s')), 'expired', 0)
+  call('HSET', batch_key(id), 'expires_at', stamp(now + number_of(id, 'window_s')), 'expired', 0)
   call('HDEL', batch_key(id), 'ended_at', 'cancelling_at')
   call('ZADD', OPEN, call('ZSCORE', ALL, id), id)
   keep_file(file, keep_batch(id))
@@ -199,7 +203,7 @@ end
 
 function functions.delete_batch(id)
   local status = status_of(id)
-  if not status then return { 'not-found' } end
+  if not status then return no_batch(id) end
   if not ENDED[status] then return { 'conflict', 'the batch has not ended: it is ' .. status } end
   for _, index in ipairs({ ALL, OPEN }) do call('ZREM', index, id) end
   call('UNLINK', batch_key(id))

@@ -65,6 +65,14 @@ local function expire_at(key, seconds)
   call('PEXPIREAT', key, string.format('%d', seconds * 1000))
 end
 
+local function no_batch(id)
+  return { 'not-found', 'there is no batch ' .. id }
+end
+
+local function no_file(id)
+  return { 'not-found', 'there is no file ' .. id }
+end
+
 -- Keeps a file at least until this time.
 local function keep_file(id, seconds)
   local left_ms = call('PTTL', file_key(id))

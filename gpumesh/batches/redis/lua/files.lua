@@ -41,7 +41,7 @@ end
 
 function functions.get_file(id)
   local fields = call('HGETALL', file_key(id))
-  if #fields == 0 then return { 'not-found' } end
+  if #fields == 0 then return no_file(id) end
   return { 'ok', fields }
 end
 
@@ -72,13 +72,13 @@ end
 -- file, offset, size: so many bytes of it, fewer at its end.
 function functions.read_piece(id, offset, size)
   local file_size = tonumber(call('HGET', file_key(id), 'size'))
-  if not file_size then return { 'not-found' } end
+  if not file_size then return no_file(id) end
   offset = tonumber(offset)
   return { 'ok', read_bytes(id, offset, math.min(tonumber(size), file_size - offset)) }
 end
 
 function functions.delete_file(id)
-  if call('EXISTS', file_key(id)) == 0 then return { 'not-found' } end
+  if call('EXISTS', file_key(id)) == 0 then return no_file(id) end
   for _, batch in ipairs(call('ZRANGE', OPEN, 0, -1)) do
     if call('HGET', batch_key(batch), 'file') == id then
       return { 'conflict', 'the batch ' .. batch .. ' needs this file and has not ended' }

@@ -148,7 +148,7 @@ function functions.settle(silent_s)
 end
 
 function functions.count_recent_results(id, seconds)
-  if not status_of(id) then return { 'not-found' } end
+  if not status_of(id) then return no_batch(id) end
   local count = 0
   for second = math.floor(now - seconds), math.floor(now) do
     count = count + tonumber(call('HGET', batch_key(id, 'rate'), string.format('%d', second)) or 0)
@@ -182,7 +182,7 @@ end
 -- batch, position ("0-0": from the first), limit, the limit for the sum of the contents in bytes, then the kinds. The
 -- results of both kinds are numbered together, so they are read in the order of the numbers.
 function functions.read_results(id, after, limit, max_bytes, ...)
-  if not status_of(id) then return { 'not-found' } end
+  if not status_of(id) then return no_batch(id) end
   local kinds, sources, heads, results, bytes = { ... }, {}, {}, {}, 0
   for index, kind in ipairs(kinds) do
     sources[index] = entries_after(batch_key(id, kind), after)
@@ -201,7 +201,7 @@ end
 
 -- batch, line, limit, the limit for the sum of the contents in bytes.
 function functions.read_results_by_line(id, after_line, limit, max_bytes)
-  if not status_of(id) then return { 'not-found' } end
+  if not status_of(id) then return no_batch(id) end
   local results, bytes = {}, 0
   local places = call('ZRANGEBYSCORE', batch_key(id, 'lines'), '(' .. after_line, '+inf', 'LIMIT', 0, limit)
   for _, place in ipairs(places) do
