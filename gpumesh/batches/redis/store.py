@@ -138,7 +138,8 @@ class RedisBatchStore(RedisFiles):
         """Does nothing: other workers may live, so what a killed one had claimed is free when its leases end."""
 
     async def claim(self, worker: str, count: int, *, lease_s: float) -> list[Claim]:
-        (answer,) = await self._script.call("claim", worker, count, _milliseconds(lease_s), MAX_ANSWER_BYTES)
+        number = secrets.token_hex(4)
+        (answer,) = await self._script.call("claim", worker, number, count, _milliseconds(lease_s), MAX_ANSWER_BYTES)
         return answers.read_claims(answer)
 
     async def renew(self, worker: str, claims: Collection[Claim], *, lease_s: float) -> set[tuple[str, int]]:

@@ -8,6 +8,7 @@
 --   :file:ID          hash         what is known about a file
 --   :file:ID:N        string       its bytes from N * SEGMENT_BYTES on
 --   :all  :open       sorted set   the ids of all batches, and of those that have not ended, the newest first
+--   :worker:NAME      list         the last call of `claim` of a worker, then batch and entry of each of its claims
 --   :changes          stream       an entry for each change to a batch that others may wait for
 --   :batch:ID         hash         a batch
 --   :batch:ID:bad     list         its bad lines

@@ -12,34 +12,24 @@ local function take(id, worker, entry, lease_ms, lost)
   return { id, fields.l, content, batch[2], batch[3], fields.g, batch[4], tries, lost, entry[1] }
 end
 
--- worker, count, the duration of the leases, the limit for the sum of the contents in bytes.
-function functions.claim(worker, count, lease_ms, max_bytes)
-  local claims, bytes = {}, 0
-  count, lease_ms, max_bytes = tonumber(count), tonumber(lease_ms), tonumber(max_bytes)
-  local function add(claim)
-    claims[#claims + 1] = claim
-    bytes = bytes + #claim[3]
-    return #claims < count and bytes < max_bytes
+local function find_entry(id, token)
+  return call('XRANGE', batch_key(id, 'work'), token, token)[1]
+end
+
+-- Calls `add` with claims of a batch, until it returns false. Returns false then.
+local function claim_of_batch(id, worker, lease_ms, most, add)
+  local work = batch_key(id, 'work')
+  -- All that were claimed before come before the others in the order of the stream.
+  for _, pending in ipairs(call('XPENDING', work, GROUP, 'IDLE', HORIZON_MS, '-', '+', most)) do
+    local lost = pending[4] - 1
+    if pending[2] ~= NOBODY then lost = lost + 1 end
+    if not add(take(id, worker, find_entry(id, pending[1]), lease_ms, lost)) then return false end
   end
-  if count <= 0 then return { 'ok', claims } end
-  for _, id in ipairs(call('ZREVRANGE', OPEN, 0, -1)) do -- the oldest first
-    if status_of(id) == 'in_progress' then
-      local work = batch_key(id, 'work')
-      -- All that were claimed before come before the others in the order of the stream.
-      for _, pending in ipairs(call('XPENDING', work, GROUP, 'IDLE', HORIZON_MS, '-', '+', count - #claims)) do
-        local lost = pending[4] - 1
-        if pending[2] ~= NOBODY then lost = lost + 1 end
-        local entry = call('XRANGE', work, pending[1], pending[1])[1]
-        if not add(take(id, worker, entry, lease_ms, lost)) then return { 'ok', claims } end
-      end
-      while true do
-        local streams = call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', 1, 'STREAMS', work, '>')
-        if not streams then break end
-        if not add(take(id, worker, streams[1][2][1], lease_ms, 0)) then return { 'ok', claims } end
-      end
-    end
+  while true do
+    local streams = call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', 1, 'STREAMS', work, '>')
+    if not streams then return true end
+    if not add(take(id, worker, streams[1][2][1], lease_ms, 0)) then return false end
   end
-  return { 'ok', claims }
 end
 
 -- The count of the deliveries of a claim if this worker still has it, else nil.
@@ -49,6 +39,42 @@ local function find_claim(id, token, worker)
   local pending = call('XPENDING', work, GROUP, token, token, 1)[1]
   if pending and pending[2] == worker then return pending[4] end
   return nil
+end
+
+-- The claims of this call if the worker has made it before, and its answer was lost; else nil.
+local function repeat_claims(worker, number, lease_ms)
+  local last = call('LRANGE', prefix .. ':worker:' .. worker, 0, -1)
+  if last[1] ~= number then return nil end
+  local claims = {}
+  for index = 2, #last, 2 do
+    local id, token = last[index], last[index + 1]
+    local deliveries = find_claim(id, token, worker)
+    if deliveries then claims[#claims + 1] = take(id, worker, find_entry(id, token), lease_ms, deliveries - 1) end
+  end
+  return claims
+end
+
+-- worker, a number that each call of a worker has for itself, count, the duration of the leases, the limit for the sum of
+-- the contents in bytes.
+function functions.claim(worker, number, count, lease_ms, max_bytes)
+  count, lease_ms, max_bytes = tonumber(count), tonumber(lease_ms), tonumber(max_bytes)
+  if count <= 0 then return { 'ok', {} } end
+  local repeated = repeat_claims(worker, number, lease_ms)
+  if repeated then return { 'ok', repeated } end
+  local claims, bytes, last = {}, 0, prefix .. ':worker:' .. worker
+  call('DEL', last)
+  call('RPUSH', last, number)
+  call('EXPIRE', last, 60)
+  local function add(claim)
+    claims[#claims + 1] = claim
+    call('RPUSH', last, claim[1], claim[10])
+    bytes = bytes + #claim[3]
+    return #claims < count and bytes < max_bytes
+  end
+  for _, id in ipairs(call('ZREVRANGE', OPEN, 0, -1)) do -- the oldest first
+    if status_of(id) == 'in_progress' and not claim_of_batch(id, worker, lease_ms, count - #claims, add) then break end
+  end
+  return { 'ok', claims }
 end
 
 -- worker, the duration of the leases, then batch and token of each claim. The answer says for each "1" if it is wanted.
