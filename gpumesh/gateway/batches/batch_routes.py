@@ -9,18 +9,19 @@ from gpumesh.batches.base import BatchStore
 from gpumesh.batches.values import Batch, BatchStatus, NewBatch
 from gpumesh.errors import BatchConflict, BatchNotFound
 from gpumesh.gateway.batches.documents import (
+    ID_PATTERN,
     Document,
     describe_batch,
     describe_list,
     read_metadata,
     read_window,
 )
+from gpumesh.gateway.batches.endpoints import ENDPOINT_RULE, is_batch_endpoint
 from gpumesh.gateway.batches.owners import find_owner, require_owner
 from gpumesh.gateway.batches.pages import read_page, read_page_query
 from gpumesh.gateway.http.errors import BadRequest, TooManyRequests, body_too_large
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
-from gpumesh.gateway.model_requests import MODEL_ROUTES, ClientApi, find_model_route, only_uses_model
 
 BATCHES_PATH = "/v1/batches"
 DEFAULT_LIMIT, MAX_LIMIT = 20, 100  # batches of one page, as in OpenAI's API
@@ -28,8 +29,7 @@ MAX_OPEN_BATCHES = 200  # of one key: a client must not fill the store
 MAX_DOCUMENT_BYTES = 64 << 10  # metadata may have 10 KiB
 _OPEN = tuple(status for status in BatchStatus if not status.has_ended)
 _OPEN_RETRY_S = 60.0
-_BATCH_PATH = re.compile(r"/v1/batches/([^/]{1,200})(/cancel)?")
-_FORM_PREFIX = "/v1/audio/"  # these routes take a form, which no line of a file can hold
+_BATCH_PATH = re.compile(rf"/v1/batches/({ID_PATTERN})(/cancel)?")
 
 
 class BatchRoutes:
@@ -45,8 +45,10 @@ class BatchRoutes:
         document = await _read_document(request)
         endpoint = _read_text(document, "endpoint")
         if not is_batch_endpoint(endpoint):
-            raise BadRequest(f"endpoint {endpoint[:100]!r} is no route of OpenAI's API that uses a model")
+            raise BadRequest(f"endpoint {endpoint[:100]!r} is no route of a batch: {ENDPOINT_RULE}")
         file_id = _read_text(document, "input_file_id")
+        if re.fullmatch(ID_PATTERN, file_id) is None:
+            raise BadRequest("input_file_id is no id of a file")
         window_s = read_window(document.get("completion_window"))
         metadata = read_metadata(document.get("metadata"))
         try:
@@ -99,17 +101,11 @@ class BatchRoutes:
         return batch
 
 
-def is_batch_endpoint(path: str) -> bool:
-    """Whether the requests of a batch may go to this path: a route of OpenAI's API that uses a model, and takes
-    JSON."""
-    if path.startswith(_FORM_PREFIX) or not path.startswith("/v1/"):
-        return False
-    route = MODEL_ROUTES.get(path) or find_model_route("POST", path)
-    return route is not None and route.api is ClientApi.OPENAI and "?" not in path and only_uses_model(route, path)
-
-
 async def _read_document(request: Request) -> Document:
     """The body of the request. Raises BadRequest if it is no JSON object, or too large."""
+    length = (request.headers.get("content-length") or "").lstrip("0")
+    if len(length) > len(str(MAX_DOCUMENT_BYTES)):
+        raise body_too_large()
     body = await request.read_body()
     if len(body) > MAX_DOCUMENT_BYTES:
         raise body_too_large()

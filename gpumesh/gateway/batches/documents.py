@@ -12,6 +12,7 @@ from gpumesh.gateway.http.errors import BadRequest
 
 Document = dict[str, Any]
 
+ID_PATTERN = r"[A-Za-z0-9_-]{1,200}"  # of files and batches; other texts are no ids, and reach no store
 MIN_WINDOW_S, MAX_WINDOW_S = 60.0, KEPT_S
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
@@ -126,4 +127,8 @@ def read_metadata(value: object) -> Mapping[str, str]:
                 f"metadata has names of at most {MAX_METADATA_KEY_CHARS} characters"
                 f" and texts of at most {MAX_METADATA_VALUE_CHARS}"
             )
+        try:
+            (name + text).encode()
+        except UnicodeEncodeError:
+            raise BadRequest("metadata has a text that is no Unicode") from None
     return value

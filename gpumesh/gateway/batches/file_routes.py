@@ -13,6 +13,7 @@ from gpumesh.batches.values import StoredFile
 from gpumesh.errors import BatchConflict, BatchNotFound
 from gpumesh.event_loop.async_iterators import closing_iterator
 from gpumesh.gateway.batches.documents import (
+    ID_PATTERN,
     Document,
     describe_file,
     describe_list,
@@ -32,7 +33,7 @@ MAX_OWNER_BYTES = 8 << 30  # of the files that one key has stored: a client must
 MAX_OWNER_FILES = 10_000
 OUTPUT_PURPOSE = "batch_output"  # of the files of results
 _FULL_RETRY_S = 3600.0
-_FILE_PATH = re.compile(r"/v1/files/([^/]{1,200})(/content)?")
+_FILE_PATH = re.compile(rf"/v1/files/({ID_PATTERN})(/content)?")
 
 
 class FileRoutes:

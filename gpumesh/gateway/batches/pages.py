@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 from urllib.parse import parse_qs
 
+from gpumesh.gateway.batches.documents import ID_PATTERN
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 
@@ -50,6 +52,8 @@ def read_page_query(request: Request, *, default_limit: int, max_limit: int) -> 
     if order not in ("asc", "desc"):
         raise BadRequest("order is asc or desc")
     after = query.get("after", [None])[0]
+    if after is not None and re.fullmatch(ID_PATTERN, after) is None:
+        raise BadRequest("after is the id of the last entry of the page before")
     return PageQuery(int(limit), after, order == "asc", query.get("purpose", [None])[0])
 
 

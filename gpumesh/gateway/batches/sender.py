@@ -15,6 +15,7 @@ from gpumesh.batches.values import COMMAND_LINE, PROMPT_ENDPOINT, BatchRequest, 
 from gpumesh.errors import NoNodeError, StreamCut
 from gpumesh.gateway import ended_requests
 from gpumesh.gateway.access.api_keys import find_key_by_name
+from gpumesh.gateway.batches.endpoints import ENDPOINT_RULE, is_batch_endpoint
 from gpumesh.gateway.batches.owners import NO_KEY
 from gpumesh.gateway.batches.prompt_sender import PromptSender
 from gpumesh.gateway.error_shapes import client_message, error_body
@@ -52,6 +53,8 @@ class GatewaySender:
         if key is None and request.owner != NO_KEY:
             message = f"the key {request.owner}, which made this batch, is not in mesh.yaml any more"
             return _refuse(401, message)
+        if not is_batch_endpoint(request.endpoint):
+            return _refuse(404, f"{request.endpoint[:100]} is no route of a batch: {ENDPOINT_RULE}")
         if _wants_stream(request.body):
             return _refuse(400, "a request of a batch cannot stream its answer: leave out `stream`")
         try:

@@ -14,8 +14,8 @@ from gpumesh.batches.base import BatchStore
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import Batch, BatchCounts, BatchStatus, LineError, NewBatch, Result
 from gpumesh.gateway.batches import batch_routes
-from gpumesh.gateway.batches.batch_routes import is_batch_endpoint
 from gpumesh.gateway.batches.documents import describe_batch, format_window, read_metadata, read_window
+from gpumesh.gateway.batches.endpoints import is_batch_endpoint
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.lab.profile import QWEN_7B
 from gpumesh.topology import GatewaySpec
@@ -49,7 +49,7 @@ async def upload(served: Served, *lines: object, owner: str = "ann") -> str:
 
 async def create(served: Served, file_id: str, *, owner: str = "ann", **changes: Any) -> Any:
     body = {"input_file_id": file_id, "endpoint": CHAT_PATH, "completion_window": "24h", **changes}
-    return await served[0].client.post("/v1/batches", json=body, headers=bearer(owner))
+    return await served[0].client.post("/v1/batches", content=json.dumps(body), headers=bearer(owner))
 
 
 async def get(served: Served, path: str, owner: str = "ann") -> Any:
@@ -134,21 +134,25 @@ async def test_what_is_no_batch_is_refused(served: Served, monkeypatch: pytest.M
     file_id = await upload(served, line("a"))
     bobs_file = await upload(served, line("a"), owner="bob")
     for changes, reason in (
-        ({"endpoint": "prompt"}, "no route"),
+        ({"endpoint": "prompt"}, "no route of a batch"),
         ({"endpoint": None}, "endpoint is required"),
-        ({"endpoint": "/v1/batches"}, "no route"),
+        ({"endpoint": "/v1/batches"}, "no route of a batch"),
         ({"input_file_id": 1}, "input_file_id is required"),
         ({"input_file_id": "file-none"}, "there is no file"),
         ({"input_file_id": bobs_file}, "there is no file"),
         ({"completion_window": "1s"}, "completion_window"),
         ({"metadata": {"a": 1}}, "metadata"),
+        ({"input_file_id": "\ud800"}, "no id"),
+        ({"input_file_id": "../a"}, "no id"),
+        ({"metadata": {"a": "\ud800"}}, "no Unicode"),
     ):
         reply = await create(served, file_id, **changes)
         assert reply.status_code == 400, changes
         assert reason in reply.json()["error"]["message"]
     post = served[0].client.post
     assert (await post("/v1/batches", content=b"[]", headers=bearer("ann"))).status_code == 400
-    assert (await post("/v1/batches", content=b"[" * 70_000, headers=bearer("ann"))).status_code == 413
+    for size in (70_000, 700_000):
+        assert (await post("/v1/batches", content=b"[" * size, headers=bearer("ann"))).status_code == 413
     assert (await post("/v1/batches/batch_none/cancel", headers=bearer("ann"))).status_code == 404
     assert (await post("/v1/batches/batch_none", headers=bearer("ann"))).status_code == 405
     assert (await served[0].client.get("/v1/batches/a/cancel", headers=bearer("ann"))).status_code == 405
@@ -199,15 +203,22 @@ def test_windows_and_metadata() -> None:
 
 
 def test_endpoints_use_a_model_and_take_json() -> None:
-    for path in (CHAT_PATH, "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/rerank", "/v1/moderations"):
+    for path in (CHAT_PATH, "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/rerank", "/v1/messages"):
         assert is_batch_endpoint(path), path
     for path in (
         "/api/chat",
-        "/v1/messages",
+        "/api/delete",
+        "/mesh/nodes/a/drain",
+        "/v1/files",
+        "/v1/batches",
+        "/v1/batches/a/cancel",
         "/v1/audio/transcriptions",
         "/v1/models/load",
+        "/v1/../api/delete",
         "/v1/../x/embeddings",
         "/v1/embeddings?model=x",
+        "/v1//embeddings",
+        "/v1/%65mbeddings",
         "v1/embeddings",
         "",
     ):

@@ -114,7 +114,14 @@ async def test_files_are_listed_page_by_page(served: Served) -> None:
     assert await list_ids(served, f"?order=asc&limit=3&after={ids[4]}", "bob") == [ids[3], ids[2], ids[1]]
     for query in ("?purpose=vision", "?purpose=batch_output", "?after=file-none", "?after=file-output-none"):
         assert await list_ids(served, query, "bob") == []
-    for query in ("?limit=0", "?limit=10001", "?limit=x", "?order=up", "?" + "&".join("a=b" for _ in range(30))):
+    for query in (
+        "?limit=0",
+        "?limit=10001",
+        "?limit=x",
+        "?order=up",
+        "?after=%FF",
+        "?" + "&".join("a=b" for _ in range(30)),
+    ):
         assert (await get(served, f"/v1/files{query}")).status_code == 400
 
 
@@ -191,6 +198,8 @@ async def test_other_methods_and_paths_are_refused(served: Served) -> None:
         ("POST", "/v1/files/file-1", 405),
         ("DELETE", "/v1/files/file-1/content", 405),
         ("GET", "/v1/files/", 404),
+        ("GET", "/v1/files/%FF", 404),
+        ("GET", "/v1/files/file-1%00", 404),
         ("GET", "/v1/files/a/b/content", 404),
         ("GET", "/v1/files/a/other", 404),
     ):

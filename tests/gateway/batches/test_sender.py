@@ -158,6 +158,25 @@ async def test_no_answer_streams(running: RunningGateway) -> None:
     assert "cannot stream" in json.loads(reply.body)["error"]["message"]
 
 
+async def test_no_line_reaches_a_route_that_changes_something(running: RunningGateway) -> None:
+    for path in ("/mesh/nodes/a/drain", "/api/delete", "/v1/files", "/v1/models/load"):
+        reply = await send(running, make_request(owner=COMMAND_LINE, endpoint=path))
+        assert (reply.status, reply.attempts) == (404, 0)
+    assert not running.mesh.snapshot().nodes[0].health.value.startswith("drain")
+    assert (await send(running, make_request())).status == 200
+
+
+async def test_a_person_can_cancel_a_request_of_a_batch(running: RunningGateway, host: SimOllama) -> None:
+    await host.set_faults(Faults(hang=True, paths=("/v1/",)))
+    task = asyncio.create_task(send(running, make_request()))
+    await wait_until(lambda: running.mesh.snapshot().gateway.in_flight > 0, "the request is on its way")
+    (shown,) = (await running.client.get("/mesh/requests", headers=bearer("ann"))).json()["requests"]
+    await running.client.post(f"/mesh/requests/{shown['number']}/cancel", headers=bearer("ann"))
+    reply = await task
+    assert reply.status == 499
+    assert "cancelled" in json.loads(reply.body)["error"]["message"]
+
+
 async def test_a_prompt_is_answered_as_one_of_run(running: RunningGateway, host: SimOllama) -> None:
     line = json.dumps({"prompt": "hello", "system": "Be brief.", "model": MODEL, "options": {"num_predict": 3}})
     request = replace(make_request(owner=COMMAND_LINE, endpoint=PROMPT_ENDPOINT), body=line.encode())
