@@ -12,8 +12,9 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from gpumesh.files import file_lock
 
@@ -35,6 +36,14 @@ def replace_with_pieces(target: Path, pieces: Iterable[bytes], *, mode: int = 0o
     _write(target, pieces, os.replace, mode=mode)
 
 
+@contextlib.contextmanager
+def open_replacement(target: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """Opens a file to write to, which takes the place of ``target`` when the block ends. If the block raises, or with
+    OSError, the target is unchanged."""
+    with _open_temporary(target, os.replace, mode=mode) as file:
+        yield file
+
+
 def create(target: Path, text: str, *, mode: int = 0o600) -> None:
     """Makes a new file ``target`` with the content ``text``. Raises FileExistsError when the file exists, also when
     another process makes it meanwhile; raises OSError as ``replace`` does."""
@@ -49,14 +58,23 @@ def _write(
     mode: int,
     sync: bool = True,
 ) -> None:
-    """Writes the ``pieces`` to a temporary file, then calls ``take_name(temporary, target)``, which gives the file the
-    name of the target: ``os.replace``, or ``os.link``, which fails if the target exists."""
+    """Writes the ``pieces`` as ``_open_temporary`` describes it."""
+    with _open_temporary(target, take_name, mode=mode, sync=sync) as file:
+        file.writelines(pieces)
+
+
+@contextlib.contextmanager
+def _open_temporary(
+    target: Path, take_name: Callable[[str, Path], None], *, mode: int, sync: bool = True
+) -> Iterator[BinaryIO]:
+    """Opens a temporary file to write to. At the end of the block calls ``take_name(temporary, target)``, which gives
+    the file the name of the target: ``os.replace``, or ``os.link``, which fails if the target exists."""
     prefix = f".{target.name}.gpumesh-"  # no other program gives its files such names
     _remove_stale_files(target.parent, prefix)
     descriptor, temporary = _make_locked_file(target.parent, prefix)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.writelines(pieces)
+            yield file
             file.flush()
             os.chmod(temporary, mode)
             if sync:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -42,6 +43,20 @@ def test_a_failed_replacement_leaves_the_file_unchanged(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         atomic_file.replace(target, "\udc80")
     assert (target.read_text(), names(tmp_path)) == ("old", ["mesh.yaml"])
+
+
+def test_a_file_that_is_written_piece_by_piece(tmp_path: Path) -> None:
+    target = tmp_path / "results.jsonl"
+    target.write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), atomic_file.open_replacement(target) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert (target.read_text(), names(tmp_path)) == ("old", ["results.jsonl"])
+    with atomic_file.open_replacement(target, mode=0o644) as file:
+        file.write(b"new\n")
+        assert target.read_text() == "old"
+    assert (target.read_text(), target.stat().st_mode & 0o777) == ("new\n", 0o644)
+    assert names(tmp_path) == ["results.jsonl"]
 
 
 def test_the_next_writer_removes_files_of_a_killed_writer(tmp_path: Path) -> None:
