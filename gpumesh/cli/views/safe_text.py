@@ -15,6 +15,7 @@ _UNSAFE_IN_TEXT = {code: None for code in _UNSAFE if chr(code) not in "\t\n"}
 
 # json itself escapes C0 in strings. So C0 is not escaped here: the newlines of an indented document must stay.
 _UNSAFE_IN_JSON = {code: f"\\u{code:04x}" for code in _UNSAFE if code >= 0x7F}
+_UNSAFE_IN_JSON_LINE = {**_UNSAFE_IN_JSON, **{code: None for code in range(0x20) if chr(code) != "\t"}}
 
 
 def clean_text(text: str) -> str:
@@ -28,6 +29,11 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     not."""
     text = json.dumps(value, ensure_ascii=False, indent=indent).translate(_UNSAFE_IN_JSON)
     return text.encode("utf-8", "backslashreplace").decode()  # UTF-8 cannot hold a lone surrogate
+
+
+def safe_json_line(line: str) -> str:
+    """A line that is JSON already, as ``json_text`` would write it: only what a terminal acts on is changed."""
+    return line.translate(_UNSAFE_IN_JSON_LINE)
 
 
 def clean_line(text: str, limit: int = 1000) -> str:

@@ -15,12 +15,13 @@ from gpumesh.cli.views.batch.texts import (
     format_name,
     format_rate,
     format_share,
+    format_size,
     format_status,
     progress_bar,
     status_mark,
 )
 from gpumesh.cli.views.console import console, print_plain
-from gpumesh.cli.views.figures import format_bytes, format_duration
+from gpumesh.cli.views.figures import format_duration
 from gpumesh.cli.views.pool.plan_view import draw_facts
 from gpumesh.text.quoting import paste_command
 
@@ -51,7 +52,7 @@ def _draw_batch(progress: BatchProgress, now: float, width: int) -> Iterator[Ren
         head.append(f" {'' if batch.status.has_ended else 'for '}{format_duration(now - since)}")
         head.append(" ago" if batch.status.has_ended else "")
     yield head
-    if batch.counts.total:
+    if format_share(batch):
         done = f"  {format_share(batch)}  {format_done(batch)}"
         yield Text("  ").append(progress_bar(batch, max(min(LONGEST_BAR, width - len(done) - 3), 8))).append(done)
     yield Text()
@@ -77,7 +78,7 @@ def _list_facts(progress: BatchProgress, now: float) -> Iterator[tuple[str, str]
     if batch.ended_at is not None and batch.status.has_ended:
         yield "took", format_duration(batch.ended_at - batch.created_at)
         if counts.unfinished:
-            yield "unsent", f"{counts.unfinished:,} requests have no result"
+            yield "left", f"{counts.unfinished:,} requests without a result"
     elif batch.expires_at > now:
         yield "window", f"ends in {format_duration(batch.expires_at - now)}"
     else:
@@ -85,13 +86,12 @@ def _list_facts(progress: BatchProgress, now: float) -> Iterator[tuple[str, str]
     yield "sent to", "the mesh, as prompts of `gpumesh run -f`" if _is_prompts(batch) else batch.new.endpoint
     if batch.new.owner:
         yield "key", batch.new.owner
-    if batch.status is BatchStatus.COMPLETED and counts.failed:
-        yield "failed", f"{paste_command('gpumesh batch retry {ID}', ID=batch.id)} sends the {counts.failed:,} again"
-    elif batch.status in (BatchStatus.EXPIRED, BatchStatus.CANCELLED) and counts.unfinished + counts.failed:
-        yield "failed", f"{paste_command('gpumesh batch retry {ID}', ID=batch.id)} goes on with what has no answer"
+    retried_count = counts.failed + counts.unfinished
+    if batch.status.has_ended and retried_count:
+        yield "retry", f"{paste_command('gpumesh batch retry {ID}', ID=batch.id)} sends {retried_count:,} again"
     if counts.completed + counts.failed:
-        size = format_bytes(counts.output_bytes + counts.error_bytes)
-        yield "results", f"{size}: {paste_command('gpumesh batch results {ID}', ID=batch.id)} prints them"
+        command = paste_command("gpumesh batch results {ID}", ID=batch.id)
+        yield "results", f"{format_size(batch)}: {command} prints them"
     yield from _error_facts(batch)
 
 

@@ -6,9 +6,10 @@ from rich.text import Text
 
 from gpumesh.batches.values import Batch, BatchStatus
 from gpumesh.cli.batch.progress import BatchProgress
-from gpumesh.cli.views.figures import format_duration
+from gpumesh.cli.views.figures import format_bytes, format_duration, shorten
 from gpumesh.cli.views.safe_text import clean_line
 
+MAX_NAME_LENGTH = 60
 # The mark before a status and its style for rich.
 _STATUS_MARKS = {
     BatchStatus.VALIDATING: ("◐", "cyan"),
@@ -35,14 +36,14 @@ def format_status(status: BatchStatus) -> str:
 
 def format_name(batch: Batch) -> str:
     """Its name, which a client may have chosen; empty if it has none."""
-    return clean_line(batch.new.name, 100)
+    return shorten(clean_line(batch.new.name), MAX_NAME_LENGTH)
 
 
 def format_share(batch: Batch) -> str:
     """How much of it has a result: ``48 %``. Neither 0 nor 100, unless that is exactly so."""
     counts = batch.counts
     done = counts.completed + counts.failed
-    if not counts.total:
+    if not counts.total or batch.status is BatchStatus.VALIDATING:  # while its file is read, the total still grows
         return ""
     percent = 100 * done // counts.total
     return f"{'<1' if done and not percent else percent} %"
@@ -65,6 +66,12 @@ def format_rate(per_s: float) -> str:
 
 def _format_figure(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
+
+
+def format_size(batch: Batch) -> str:
+    """The size of its results."""
+    size = batch.counts.output_bytes + batch.counts.error_bytes
+    return format_bytes(size) if size >= 1 << 20 else f"{-(-size // 1024)} KiB"
 
 
 def format_left(progress: BatchProgress) -> str:
