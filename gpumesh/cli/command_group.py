@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("status", "Every node and GPU, with its health and the reason for it."),
     "run": ("run", "Send a prompt, or a file of them, through the balancer."),
     "chat": ("chat", "Talk to a model at the terminal."),
+    "batch": ("batch", "Many requests of a file: submit, list, show, results, retry, cancel, rm."),
     "bench": ("bench", "Measure latency and throughput, per node and for the mesh."),
     "audit": ("audit", "What mesh.yaml expects against what is found, and why they differ."),
     "init": ("init", "Write a mesh.yaml after looking at what is there."),

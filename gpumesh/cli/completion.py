@@ -1,4 +1,4 @@
-"""Shell completion: proposes the names of nodes, pools, models, priorities and scenarios.
+"""Shell completion: proposes the names of nodes, pools, models, batches, priorities and scenarios.
 
 Completion reads a file and a socket at most, never fails, and waits at most ``STATUS_TIMEOUT_S``.
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpumesh.topology import Topology
 
 STATUS_TIMEOUT_S = 0.5  # for the status of a running mesh: a person waits for the completion
+COMPLETED_BATCHES = 100  # the latest
 
 
 def safe_names(names: Iterable[object], incomplete: str) -> list[str]:
@@ -77,6 +78,32 @@ def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
             for node in status["nodes"]:
                 names.update(safe_names(node["backend"]["models"], incomplete))
     return sorted(names)
+
+
+def complete_batches(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The ids of the latest batches; none if their store cannot be read in time."""
+    import asyncio
+
+    # OSError and the errors of a damaged store, too: a completion never fails.
+    with contextlib.suppress(Exception):
+        return safe_names(asyncio.run(_read_batch_ids(ctx)), incomplete)
+    return []
+
+
+async def _read_batch_ids(ctx: typer.Context) -> list[str]:
+    """The ids of the batches, the latest first. Raises TimeoutError after ``STATUS_TIMEOUT_S``."""
+    import asyncio
+
+    from gpumesh import config
+    from gpumesh.batches.opening import create_batch_store
+    from gpumesh.daemon import paths
+
+    topology = _read_topology(ctx)
+    if topology is None:
+        return []
+    mesh_paths = paths.for_config(config.find_config(_config_option(ctx)))
+    async with asyncio.timeout(STATUS_TIMEOUT_S), create_batch_store(topology, mesh_paths.batches) as store:
+        return [batch.id for batch in await store.list_batches(limit=COMPLETED_BATCHES)]
 
 
 def complete_priorities(incomplete: str) -> list[str]:

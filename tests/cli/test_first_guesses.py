@@ -357,6 +357,19 @@ pool add big                        ? pool plan
 pool logs                           ? logs
 pool up -d big                      ? pool up
 pool status -w                      ? status
+batches                             batch list
+batch ls                            batch list
+batch create prompts.jsonl          batch submit prompts.jsonl
+batch status                        batch show
+batch watch                         batch show
+batch download batch_1              batch results batch_1
+batch errors batch_1                batch results batch_1
+batch resume batch_1                batch retry batch_1
+batch stop batch_1                  batch cancel batch_1
+batch delete batch_1                batch rm batch_1
+batch pause batch_1                 ? batch cancel
+batch show -f batch_1               ? batch show
+batch results --json                ? batch show
 """
 ROWS = [
     tuple(re.split(r"\s{2,}", line, maxsplit=1)) for line in GUESSES.strip().splitlines() if not line.startswith("#")

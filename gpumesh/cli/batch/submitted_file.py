@@ -19,7 +19,8 @@ from gpumesh.batches.values import MAX_LINE_BYTES, PROMPT_ENDPOINT
 from gpumesh.cli.prompt_input import no_prompts_error
 from gpumesh.errors import UsageError
 
-DEFAULT_ENDPOINT = "/v1/chat/completions"
+# The endpoints that OpenAI's API has for batches, and that the mesh serves.
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 _OPENAI_KEYS = {"custom_id", "method", "url", "body"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -63,8 +64,8 @@ class SubmittedFile:
 
     @property
     def endpoint(self) -> str:
-        """What the requests of the batch are sent to."""
-        return self._url or DEFAULT_ENDPOINT if self.kind is FileKind.OPENAI else PROMPT_ENDPOINT
+        """What the requests of the batch are sent to: the first endpoint that a line names and the mesh serves."""
+        return self._url or ENDPOINTS[0] if self.kind is FileKind.OPENAI else PROMPT_ENDPOINT
 
     def read(self) -> Iterator[bytes]:
         """Yields the lines of the input file, each with its line break. Raises UsageError if the file has blank lines
@@ -99,7 +100,7 @@ class SubmittedFile:
             return self._make_prompt(prompt) if isinstance(prompt, dict) else content
         if not isinstance(line, dict):
             return content
-        if self._url is None and isinstance(line.get("url"), str):
+        if self._url is None and line.get("url") in ENDPOINTS:
             self._url = line["url"]
         if self._settings.model is None or not isinstance(line.get("body"), dict):
             return content

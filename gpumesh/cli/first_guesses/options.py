@@ -15,6 +15,8 @@ _CHAT = "a conversation is `gpumesh chat MODEL`; `gpumesh run MODEL PROMPT` answ
 _UP = "nothing is built here: `gpumesh up -d` starts the mesh and returns when it serves"
 _POOL_UP = "a pool runs in the mesh, in the background: `gpumesh pool up NAME` returns when it is ready"
 _POOL_WATCH = "`gpumesh status -w` stays and shows the pool as a node; `gpumesh pool status` shows it once"
+_BATCH_WATCH = "`gpumesh batch show --watch` stays until it has ended; `gpumesh batch results --follow` prints results"
+_BATCH_FOLLOW = "`gpumesh batch results --follow` stays until it has ended; `gpumesh batch show --watch` shows progress"
 _COMPLETION = "the shell's name needs no option: `gpumesh completion bash`"
 _VERSION = "`gpumesh version` tells the version, and `gpumesh doctor` all the others"
 _SHOW_MODEL = "`gpumesh models list -o wide` shows what is known of the models"
@@ -26,6 +28,9 @@ OPTION_POINTERS: Mapping[tuple[str, str], str] = {
     **dict.fromkeys([("status", name) for name in ("-f", "--follow")], "`gpumesh status -w` stays and shows changes"),
     **dict.fromkeys([("pool up", name) for name in ("-d", "--detach", "--background")], _POOL_UP),
     **dict.fromkeys([("pool status", name) for name in ("-w", "--watch", "-f", "--follow")], _POOL_WATCH),
+    **dict.fromkeys([("batch show", name) for name in ("-f", "--follow")], _BATCH_WATCH),
+    **dict.fromkeys([("batch results", name) for name in ("-w", "--watch")], _BATCH_FOLLOW),
+    ("batch results", "--json"): "results are JSON lines in any case; `gpumesh batch show --json` has their counts",
     ("status", "--no-stream"): "`gpumesh status` shows the state once",
     **dict.fromkeys([("logs", name) for name in ("-p", "--previous", "-t", "--timestamps")], _FROM_START),
     **dict.fromkeys([("logs", name) for name in ("-w", "--watch")], "`gpumesh logs -f` stays and shows what comes"),

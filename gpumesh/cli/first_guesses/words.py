@@ -23,6 +23,7 @@ ALIASES: Mapping[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {
         "unload": ("models", "unload"),
         "sync": ("models", "sync"),
         "pools": ("pool", "status"),
+        "batches": ("batch", "list"),
         "rmi": ("models", "rm"),
         "serve": ("up",),
         # docker, systemctl
@@ -102,6 +103,17 @@ ALIASES: Mapping[tuple[str, ...], Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("start", "run", "load", "create"), ("up",)),
         **dict.fromkeys(("stop", "rm", "remove", "delete", "unload"), ("down",)),
         **dict.fromkeys(("check", "fit", "explain"), ("plan",)),
+    },
+    ("batch",): {
+        **dict.fromkeys(("ls", "ps"), ("list",)),
+        **dict.fromkeys(("create", "add", "new", "run", "send", "start"), ("submit",)),
+        **dict.fromkeys(("status", "get", "describe", "inspect"), ("show",)),
+        "watch": ("show", "-w"),
+        **dict.fromkeys(("result", "output", "download", "answers"), ("results",)),
+        "errors": ("results", "--failed"),
+        **dict.fromkeys(("resume", "restart", "rerun", "again"), ("retry",)),
+        **dict.fromkeys(("stop", "kill", "abort"), ("cancel",)),
+        **dict.fromkeys(("remove", "delete", "del"), ("rm",)),
     },
     ("config",): {
         "view": ("show",),
@@ -251,6 +263,11 @@ POINTERS: Mapping[tuple[str, ...], Mapping[str, str]] = {
         "restart": "`gpumesh pool down NAME`, then `gpumesh pool up NAME`",
         "logs": "`gpumesh logs` has what llama.cpp's programs last wrote, `gpumesh pool status NAME` why a pool failed",
         "help": "`gpumesh help pool` shows how it is used",
+    },
+    ("batch",): {
+        "logs": "`gpumesh batch show BATCH` shows how far it is, `gpumesh batch results BATCH --failed` what failed",
+        "pause": "`gpumesh batch cancel BATCH` ends it, and `gpumesh batch retry BATCH` goes on with the rest",
+        "help": "`gpumesh help batch` shows how it is used",
     },
     ("bench",): {"help": "`gpumesh help bench` shows how it is used"},
 }

@@ -36,7 +36,8 @@ def convert(
     [
         ("in.jsonl", openai_line(), FileKind.OPENAI, CHAT),
         ("-", openai_line(url=EMBEDDINGS), FileKind.OPENAI, EMBEDDINGS),
-        ("in.txt", '{"method": "POST"}', FileKind.OPENAI, CHAT),
+        ("in.txt", '{"method": "POST", "url": "/v1/images"}', FileKind.OPENAI, CHAT),
+        ("in.txt", '{"url": {}}', FileKind.OPENAI, CHAT),
         ("in.jsonl", '{"prompt": "Why?"}', FileKind.PROMPTS, PROMPT_ENDPOINT),
         ("in.txt", '{"promt": "Why?"}', FileKind.PROMPTS, PROMPT_ENDPOINT),
         ("in.jsonl", '"Why?"', FileKind.PROMPTS, PROMPT_ENDPOINT),

@@ -12,7 +12,7 @@ COUNTS = BatchCounts(total=50_000, completed=24_112, failed=12, claimed=8, outpu
 
 def batch(status: BatchStatus, *, age_s: float = 720.0, **changes: Any) -> Batch:
     """A batch of prompts that was made ``age_s`` seconds ago, and has ended now if its status is a last one."""
-    new = {"name": "prompts.jsonl", "endpoint": PROMPT_ENDPOINT, "owner": ""}
+    new: dict[str, Any] = {"name": "prompts.jsonl", "endpoint": PROMPT_ENDPOINT, "owner": ""}
     new |= {name: changes.pop(name) for name in tuple(new) if name in changes}
     made_at = NOW - age_s
     usual: dict[str, Any] = {
