@@ -1,0 +1,210 @@
+"""``FactExchange``: sends this gateway's facts to the others, and hands theirs to the mesh.
+
+Sending never waits: a message that cannot be sent is lost. So what must arrive is sent again: a presence each second, a
+question every few minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple, Protocol
+
+from gpumesh import __version__
+from gpumesh.coordination.facts import messages
+from gpumesh.coordination.facts.messages import LearnedFigures, LearnedQuestion, Presence, ServerChange
+from gpumesh.coordination.facts.other_gateways import OtherGateways
+from gpumesh.text.printable import printable
+
+HEARTBEAT_S = 1.0  # less than a third of ``other_gateways.SILENT_S``
+MIN_INTERVAL_S = 0.1  # between two presences, however much happens
+CHECK_INTERVAL_S = 1.0  # between two checks of one server that others ask for
+ASK_INTERVAL_S = 300.0  # between two questions about the same servers
+MAX_ANSWERS = 4  # to questions, in one turn of ``tick``
+MAX_ASKED = 2 * messages.MAX_SERVERS  # servers that others ask about, and whose turn has not come
+TIME_TOLERANCE_S = 1.0  # figures that are newer by less are the same figures
+
+
+class FactChannel(Protocol):
+    """Carries messages to all gateways of the mesh that listen now."""
+
+    @property
+    def is_connected(self) -> bool: ...
+
+    def publish(self, message: bytes) -> None:
+        """Sends the message in a moment, without waiting. While the channel is not connected, drops it."""
+
+
+class OwnLoad(NamedTuple):
+    """The requests of this gateway. ``drained``: the servers of the nodes that a person has drained here."""
+
+    in_flight: int
+    queued: int
+    drained: Collection[str]
+
+
+class MeshFacts(Protocol):
+    """The mesh of this gateway, as the exchange asks it and tells it."""
+
+    def own_load(self) -> OwnLoad: ...
+
+    def note_gateways(self) -> None:
+        """A gateway has begun or ended, or has drained other servers than before."""
+
+    def check_server(self, server: str, *, is_up: bool) -> None:
+        """The server has failed at another gateway, or answers there again."""
+
+    def find_learned(self, server: str) -> LearnedFigures | None:
+        """What this gateway has learned about the server; ``None`` if it has learned nothing, or has no such server."""
+
+    def take_learned(self, figures: LearnedFigures) -> None:
+        """Takes over what another gateway has learned, if this gateway has such a server and no newer figures."""
+
+
+class FactExchange:
+    """Exchanges facts with the other gateways while ``run`` runs. ``clock`` returns monotonic seconds, ``wall_clock``
+    seconds since 1970. ``host`` is the name of this machine."""
+
+    def __init__(
+        self,
+        channel: FactChannel,
+        mesh: MeshFacts,
+        *,
+        gateway_id: str,
+        host: str,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.others = OtherGateways(gateway_id)
+        self._channel = channel
+        self._mesh = mesh
+        self._id = gateway_id
+        self._host = printable(host, messages.MAX_TEXT_CHARS)
+        self._clock = clock
+        self._since = wall_clock()
+        self._presence_wanted = asyncio.Event()
+        self._checked_at: dict[tuple[str, bool], float] = {}  # when a server was checked because it failed, or is up
+        self._asked: dict[str, float] = {}  # what others ask: by server, the time of the figures that they have
+        self._question: Mapping[str, float] = {}  # what this gateway asks
+        self._question_sent_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<FactExchange {self._id} {self.others!r}>"
+
+    # -- what this gateway tells -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Sends a presence each second, until it is cancelled. Then tells the others that this gateway ends."""
+        try:
+            while True:
+                self._presence_wanted.clear()
+                self.tick()
+                await asyncio.sleep(MIN_INTERVAL_S)
+                try:
+                    async with asyncio.timeout(HEARTBEAT_S - MIN_INTERVAL_S):
+                        await self._presence_wanted.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            self._send(self.own_presence(leaving=True))
+
+    def tick(self) -> None:
+        """Sends what is due now, and forgets the gateways that are silent."""
+        now = self._clock()
+        self.others.note_connection(is_up=self._channel.is_connected, now=now)
+        if self.others.forget_silent(now):
+            self._mesh.note_gateways()
+        self._send(self.own_presence())
+        question_is_due = self._question_sent_at is None or now - self._question_sent_at >= ASK_INTERVAL_S
+        if self._question and question_is_due and self._channel.is_connected:
+            self._question_sent_at = now
+            self._send(LearnedQuestion(self._id, dict(self._question)))
+        self._answer_questions()
+
+    def send_presence(self) -> None:
+        """Sends the presence in a moment, because something in it has changed."""
+        self._presence_wanted.set()
+
+    def own_presence(self, *, leaving: bool = False) -> Presence:
+        load = self._mesh.own_load()
+        drained = tuple(sorted(load.drained))[: messages.MAX_SERVERS]
+        return Presence(
+            self._id, self._host, os.getpid(), __version__, self._since, load.in_flight, load.queued, drained, leaving
+        )
+
+    def tell_server_change(self, server: str, *, is_up: bool) -> None:
+        """Tells the others that the server has just failed here, or answers again."""
+        self._send(ServerChange(self._id, server, is_up))
+
+    def ask_learned(self, servers: Mapping[str, float]) -> None:
+        """Asks the others for what they have learned about these servers, now and every ``ASK_INTERVAL_S``. The value
+        is the time of this gateway's own figures, in seconds since 1970; 0 if it has none."""
+        if servers.keys() - self._question.keys():
+            self._question_sent_at = None  # new servers: the question is sent with the next presence
+        self._question = dict(list(servers.items())[: messages.MAX_SERVERS])
+
+    def _answer_questions(self) -> None:
+        """Answers a few of the questions of others. The ``tick`` of each gateway comes at another time, so the first
+        answer usually comes before the other gateways answer, and these then keep silent (``_take_figures``)."""
+        for server in list(self._asked)[:MAX_ANSWERS]:
+            newer_than = self._asked.pop(server)
+            figures = self._mesh.find_learned(server)
+            if figures is None or figures.learned_at <= newer_than + TIME_TOLERANCE_S:
+                continue
+            if len(figures.rates) + len(figures.limits) <= messages.MAX_LEARNED_BYTES:
+                self._send(figures)
+
+    def _send(self, message: messages.Message) -> None:
+        if self._channel.is_connected:
+            self._channel.publish(messages.encode(message))
+
+    # -- what others tell ------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> None:
+        """Takes a message of any gateway. A message that cannot be read is ignored, and so is one of this gateway."""
+        try:
+            message = messages.decode(data)
+        except ValueError:
+            return
+        if message.gateway == self._id:
+            return
+        match message:
+            case Presence():
+                self._take_presence(message)
+            case ServerChange():
+                self._take_server_change(message)
+            case LearnedQuestion():
+                self._take_question(message)
+            case LearnedFigures():
+                self._take_figures(message)
+
+    def _take_presence(self, presence: Presence) -> None:
+        is_new = not self.others.knows(presence.gateway)
+        if self.others.receive(presence, self._clock()):
+            self._mesh.note_gateways()
+        if is_new and not presence.leaving:
+            self.send_presence()  # so that a gateway that has just begun need not wait to know this one
+
+    def _take_server_change(self, change: ServerChange) -> None:
+        now, key = self._clock(), (change.server, change.is_up)
+        checked_at = self._checked_at.get(key)
+        if checked_at is not None and now - checked_at < CHECK_INTERVAL_S:
+            return
+        if len(self._checked_at) >= messages.MAX_SERVERS:
+            self._checked_at.clear()
+        self._checked_at[key] = now
+        self._mesh.check_server(change.server, is_up=change.is_up)
+
+    def _take_question(self, question: LearnedQuestion) -> None:
+        for server, newer_than in question.servers.items():
+            if len(self._asked) >= MAX_ASKED:
+                return
+            self._asked[server] = min(newer_than, self._asked.get(server, newer_than))
+
+    def _take_figures(self, figures: LearnedFigures) -> None:
+        if figures.server in self._asked:
+            # Another gateway has answered. This gateway answers too only if it has newer figures.
+            self._asked[figures.server] = max(figures.learned_at, self._asked[figures.server])
+        self._mesh.take_learned(figures)

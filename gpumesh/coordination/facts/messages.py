@@ -1,0 +1,111 @@
+"""The messages with facts that gateways send to each other, as JSON. Pure.
+
+Every field has a bound. A message that is too long, of an unknown kind or of another form is refused as a whole. A
+field that is not known is passed over, so that a newer gateway can add fields.
+"""
+
+from __future__ import annotations
+
+import secrets
+from hashlib import blake2b
+from typing import Annotated
+
+import msgspec
+
+# Limits against hostile messages.
+MAX_BYTES = 256 << 10
+MAX_LEARNED_BYTES = 64 << 10  # of what was learned about one server: about 500 models
+MAX_TEXT_CHARS = 100
+MAX_SERVERS = 1000
+MAX_COUNT = 1_000_000_000
+MAX_TIME = 4_102_444_800.0  # seconds since 1970: the year 2100
+
+GatewayId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{8,64}$")]
+"""The name of a gateway among the others: random, in hexadecimal."""
+ServerId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+"""A server by a hash of what identifies it (``hash_server``)."""
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Time = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_TIME)]
+"""Seconds since 1970, by the clock of the sending gateway's machine."""
+
+
+class Presence(msgspec.Struct, frozen=True, tag="presence"):
+    """A gateway lives. Sent each second.
+
+    ``host`` is the name of its machine, ``since`` the time when it began. ``in_flight`` and ``queued`` count its
+    requests. ``drained`` are the servers of the nodes that a person has drained at this gateway. ``leaving``: it ends.
+    """
+
+    gateway: GatewayId
+    host: Text
+    pid: Count
+    version: Text
+    since: Time
+    in_flight: Count
+    queued: Count
+    drained: Annotated[tuple[ServerId, ...], msgspec.Meta(max_length=MAX_SERVERS)] = ()
+    leaving: bool = False
+
+
+class ServerChange(msgspec.Struct, frozen=True, tag="server"):
+    """A server has just failed at the gateway, or answers it again (``is_up``). Others check it, and do not believe
+    it."""
+
+    gateway: GatewayId
+    server: ServerId
+    is_up: bool
+
+
+class LearnedQuestion(msgspec.Struct, frozen=True, tag="question"):
+    """The gateway asks what others have learned about these servers. The value is the time of its own figures; 0 if it
+    has none."""
+
+    gateway: GatewayId
+    servers: Annotated[dict[ServerId, Time], msgspec.Meta(max_length=MAX_SERVERS)]
+
+
+class LearnedFigures(msgspec.Struct, frozen=True, tag="learned"):
+    """What the gateway has learned about a server. ``rates`` and ``limits`` are JSON, as ``mesh/learned_state.py``
+    stores them; whoever takes them over reads them. ``server_version`` is the server's own; ``None``: not known."""
+
+    gateway: GatewayId
+    server: ServerId
+    learned_at: Time
+    server_version: Text | None
+    rates: msgspec.Raw
+    limits: msgspec.Raw
+
+
+Message = Presence | ServerChange | LearnedQuestion | LearnedFigures
+
+_decoder = msgspec.json.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    return msgspec.json.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """Reads a message of another gateway. Raises ValueError if it is none, or beyond a bound."""
+    if len(data) > MAX_BYTES:
+        raise ValueError("too long")
+    try:
+        message = _decoder.decode(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if isinstance(message, LearnedFigures) and len(message.rates) + len(message.limits) > MAX_LEARNED_BYTES:
+        raise ValueError("too many figures")
+    return message
+
+
+def hash_server(mesh: str, key: str) -> str:
+    """The ``ServerId`` of a server. ``key`` identifies it (``mesh/sharing/server_keys.py``); it holds addresses, which
+    do not leave this gateway."""
+    return blake2b(
+        f"{mesh}\0{key}".encode("utf-8", "surrogateescape"), digest_size=16, person=b"gpumesh-server"
+    ).hexdigest()
+
+
+def new_gateway_id() -> str:
+    return secrets.token_hex(8)
