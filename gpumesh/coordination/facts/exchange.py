@@ -1,4 +1,4 @@
-"""``FactExchange``: sends this gateway's facts to the others, and hands theirs to the mesh.
+"""``FactsExchange``: sends this gateway's facts to the others, and hands theirs to the mesh.
 
 Sending never waits: a message that cannot be sent is lost. So what must arrive is sent again: a presence each second, a
 question every few minutes.
@@ -27,13 +27,13 @@ MAX_ASKED = 2 * messages.MAX_SERVERS  # servers that others ask about, and whose
 TIME_TOLERANCE_S = 1.0  # figures that are newer by less are the same figures
 
 
-class FactChannel(Protocol):
+class FactsChannel(Protocol):
     """Carries messages to all gateways of the mesh that listen now."""
 
     @property
     def is_connected(self) -> bool: ...
 
-    def publish(self, message: bytes) -> None:
+    def send(self, text: str) -> None:
         """Sends the message in a moment, without waiting. While the channel is not connected, drops it."""
 
 
@@ -63,24 +63,22 @@ class MeshFacts(Protocol):
         """Takes over what another gateway has learned, if this gateway has such a server and no newer figures."""
 
 
-class FactExchange:
+class FactsExchange:
     """Exchanges facts with the other gateways while ``run`` runs. ``clock`` returns monotonic seconds, ``wall_clock``
-    seconds since 1970. ``host`` is the name of this machine."""
+    seconds since 1970. ``host`` is this machine's name."""
 
     def __init__(
         self,
-        channel: FactChannel,
+        channel: FactsChannel,
         mesh: MeshFacts,
         *,
-        gateway_id: str,
         host: str,
         clock: Callable[[], float],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.others = OtherGateways(gateway_id)
+        self.others = OtherGateways()
         self._channel = channel
         self._mesh = mesh
-        self._id = gateway_id
         self._host = printable(host, messages.MAX_TEXT_CHARS)
         self._clock = clock
         self._since = wall_clock()
@@ -91,7 +89,7 @@ class FactExchange:
         self._question_sent_at: float | None = None
 
     def __repr__(self) -> str:
-        return f"<FactExchange {self._id} {self.others!r}>"
+        return f"<FactsExchange of {self._host}, {self.others!r}>"
 
     # -- what this gateway tells -----------------------------------------------------------------------------------
 
@@ -120,7 +118,7 @@ class FactExchange:
         question_is_due = self._question_sent_at is None or now - self._question_sent_at >= ASK_INTERVAL_S
         if self._question and question_is_due and self._channel.is_connected:
             self._question_sent_at = now
-            self._send(LearnedQuestion(self._id, dict(self._question)))
+            self._send(LearnedQuestion(dict(self._question)))
         self._answer_questions()
 
     def send_presence(self) -> None:
@@ -131,12 +129,12 @@ class FactExchange:
         load = self._mesh.own_load()
         drained = tuple(sorted(load.drained))[: messages.MAX_SERVERS]
         return Presence(
-            self._id, self._host, os.getpid(), __version__, self._since, load.in_flight, load.queued, drained, leaving
+            self._host, os.getpid(), __version__, self._since, load.in_flight, load.queued, drained, leaving
         )
 
     def tell_server_change(self, server: str, *, is_up: bool) -> None:
         """Tells the others that the server has just failed here, or answers again."""
-        self._send(ServerChange(self._id, server, is_up))
+        self._send(ServerChange(server, is_up))
 
     def ask_learned(self, servers: Mapping[str, float]) -> None:
         """Asks the others for what they have learned about these servers, now and every ``ASK_INTERVAL_S``. The value
@@ -158,21 +156,19 @@ class FactExchange:
 
     def _send(self, message: messages.Message) -> None:
         if self._channel.is_connected:
-            self._channel.publish(messages.encode(message))
+            self._channel.send(messages.encode(message))
 
     # -- what others tell ------------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes) -> None:
-        """Takes a message of any gateway. A message that cannot be read is ignored, and so is one of this gateway."""
+    def receive(self, gateway: str, text: str) -> None:
+        """Takes a message of another gateway. A message that cannot be read is ignored."""
         try:
-            message = messages.decode(data)
+            message = messages.decode(text)
         except ValueError:
-            return
-        if message.gateway == self._id:
             return
         match message:
             case Presence():
-                self._take_presence(message)
+                self._take_presence(gateway, message)
             case ServerChange():
                 self._take_server_change(message)
             case LearnedQuestion():
@@ -180,9 +176,9 @@ class FactExchange:
             case LearnedFigures():
                 self._take_figures(message)
 
-    def _take_presence(self, presence: Presence) -> None:
-        is_new = not self.others.knows(presence.gateway)
-        if self.others.receive(presence, self._clock()):
+    def _take_presence(self, gateway: str, presence: Presence) -> None:
+        is_new = not self.others.knows(gateway)
+        if self.others.receive(gateway, presence, self._clock()):
             self._mesh.note_gateways()
         if is_new and not presence.leaving:
             self.send_presence()  # so that a gateway that has just begun need not wait to know this one

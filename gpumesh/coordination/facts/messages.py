@@ -6,22 +6,19 @@ field that is not known is passed over, so that a newer gateway can add fields.
 
 from __future__ import annotations
 
-import secrets
 from hashlib import blake2b
 from typing import Annotated
 
 import msgspec
 
 # Limits against hostile messages.
-MAX_BYTES = 256 << 10
-MAX_LEARNED_BYTES = 64 << 10  # of what was learned about one server: about 500 models
+MAX_CHARS = 64_000  # the longest text that ``Exchange.send`` takes
+MAX_LEARNED_BYTES = 48_000  # of what was learned about one server: about 300 models
 MAX_TEXT_CHARS = 100
 MAX_SERVERS = 1000
 MAX_COUNT = 1_000_000_000
 MAX_TIME = 4_102_444_800.0  # seconds since 1970: the year 2100
 
-GatewayId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{8,64}$")]
-"""The name of a gateway among the others: random, in hexadecimal."""
 ServerId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 """A server by a hash of what identifies it (``hash_server``)."""
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
@@ -37,7 +34,6 @@ class Presence(msgspec.Struct, frozen=True, tag="presence"):
     requests. ``drained`` are the servers of the nodes that a person has drained at this gateway. ``leaving``: it ends.
     """
 
-    gateway: GatewayId
     host: Text
     pid: Count
     version: Text
@@ -50,9 +46,8 @@ class Presence(msgspec.Struct, frozen=True, tag="presence"):
 
 class ServerChange(msgspec.Struct, frozen=True, tag="server"):
     """A server has just failed at the gateway, or answers it again (``is_up``). Others check it, and do not believe
-    it."""
+    the message."""
 
-    gateway: GatewayId
     server: ServerId
     is_up: bool
 
@@ -61,7 +56,6 @@ class LearnedQuestion(msgspec.Struct, frozen=True, tag="question"):
     """The gateway asks what others have learned about these servers. The value is the time of its own figures; 0 if it
     has none."""
 
-    gateway: GatewayId
     servers: Annotated[dict[ServerId, Time], msgspec.Meta(max_length=MAX_SERVERS)]
 
 
@@ -69,7 +63,6 @@ class LearnedFigures(msgspec.Struct, frozen=True, tag="learned"):
     """What the gateway has learned about a server. ``rates`` and ``limits`` are JSON, as ``mesh/learned_state.py``
     stores them; whoever takes them over reads them. ``server_version`` is the server's own; ``None``: not known."""
 
-    gateway: GatewayId
     server: ServerId
     learned_at: Time
     server_version: Text | None
@@ -82,16 +75,16 @@ Message = Presence | ServerChange | LearnedQuestion | LearnedFigures
 _decoder = msgspec.json.Decoder(Message)
 
 
-def encode(message: Message) -> bytes:
-    return msgspec.json.encode(message)
+def encode(message: Message) -> str:
+    return msgspec.json.encode(message).decode()
 
 
-def decode(data: bytes) -> Message:
+def decode(text: str) -> Message:
     """Reads a message of another gateway. Raises ValueError if it is none, or beyond a bound."""
-    if len(data) > MAX_BYTES:
+    if len(text) > MAX_CHARS:
         raise ValueError("too long")
     try:
-        message = _decoder.decode(data)
+        message = _decoder.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if isinstance(message, LearnedFigures) and len(message.rates) + len(message.limits) > MAX_LEARNED_BYTES:
@@ -105,7 +98,3 @@ def hash_server(mesh: str, key: str) -> str:
     return blake2b(
         f"{mesh}\0{key}".encode("utf-8", "surrogateescape"), digest_size=16, person=b"gpumesh-server"
     ).hexdigest()
-
-
-def new_gateway_id() -> str:
-    return secrets.token_hex(8)

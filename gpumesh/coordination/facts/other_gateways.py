@@ -25,10 +25,9 @@ class _HeardGateway:
 
 
 class OtherGateways:
-    """The other gateways. ``own_id`` is this gateway's name: its own messages come back, and do not count."""
+    """The other gateways, by their ids."""
 
-    def __init__(self, own_id: str) -> None:
-        self._own_id = own_id
+    def __init__(self) -> None:
         self._heard: dict[str, _HeardGateway] = {}  # by id; the gateway that is silent for the longest time comes first
         self._hearing_since: float | None = None  # ``None``: Redis is away
         self._away_since = 0.0
@@ -36,17 +35,15 @@ class OtherGateways:
     def __repr__(self) -> str:
         return f"<OtherGateways {len(self._heard)} known, {'heard' if self._hearing_since is not None else 'away'}>"
 
-    def receive(self, presence: Presence, now: float) -> bool:
+    def receive(self, gateway: str, presence: Presence, now: float) -> bool:
         """Takes the presence of a gateway. Returns whether it tells more than that the gateway still lives and how many
         requests it has: a gateway that begins or ends, or other drained servers."""
-        if presence.gateway == self._own_id:
-            return False
-        before = self._heard.pop(presence.gateway, None)  # so that the new entry comes last
+        before = self._heard.pop(gateway, None)  # so that the new entry comes last
         if presence.leaving:
             return before is not None
         while len(self._heard) >= MAX_GATEWAYS:
             del self._heard[next(iter(self._heard))]
-        self._heard[presence.gateway] = _HeardGateway(presence, now)
+        self._heard[gateway] = _HeardGateway(presence, now)
         return before is None or before.presence.drained != presence.drained
 
     def knows(self, gateway: str) -> bool:
@@ -72,18 +69,17 @@ class OtherGateways:
             del self._heard[name]
         return bool(silent)
 
-    def presences(self) -> list[Presence]:
+    def presences(self) -> dict[str, Presence]:
         """What each other gateway has told last, in the order of their beginning. Empty while Redis is away."""
         if self._hearing_since is None:
-            return []
-        return sorted(
-            (heard.presence for heard in self._heard.values()), key=lambda presence: (presence.since, presence.gateway)
-        )
+            return {}
+        presences = {gateway: heard.presence for gateway, heard in self._heard.items()}
+        return dict(sorted(presences.items(), key=lambda item: (item[1].since, item[0])))
 
     def drains(self) -> dict[str, dict[str, str]]:
         """For each drained server, the gateways at which it is drained: the names of their machines, by their ids."""
         drains: dict[str, dict[str, str]] = {}
-        for heard in self._heard.values():
+        for gateway, heard in self._heard.items():
             for server in heard.presence.drained:
-                drains.setdefault(server, {})[heard.presence.gateway] = heard.presence.host
+                drains.setdefault(server, {})[gateway] = heard.presence.host
         return drains

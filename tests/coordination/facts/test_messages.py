@@ -15,38 +15,35 @@ from gpumesh.coordination.facts.messages import LearnedFigures, LearnedQuestion,
 from tests.absurd_answers import ABSURD, Raw, json_bytes
 
 SERVER = messages.hash_server("home", "ollama 11434 GPU-1")
-PRESENCE = Presence("a" * 16, "laptop", 4711, "1.0", 1_790_000_000.0, 2, 1, (SERVER,))
+PRESENCE = Presence("laptop", 4711, "1.0", 1_790_000_000.0, 2, 1, (SERVER,))
 
 
 @pytest.mark.parametrize(
     "message",
     [
         PRESENCE,
-        ServerChange("a" * 16, SERVER, is_up=False),
-        LearnedQuestion("a" * 16, {SERVER: 0.0}),
-        LearnedFigures("a" * 16, SERVER, 1.0, "0.12.6", msgspec.Raw(b'{"format":1}'), msgspec.Raw(b"{}")),
+        ServerChange(SERVER, is_up=False),
+        LearnedQuestion({SERVER: 0.0}),
+        LearnedFigures(SERVER, 1.0, "0.12.6", msgspec.Raw(b'{"format":1}'), msgspec.Raw(b"{}")),
     ],
 )
 def test_a_message_decodes_to_what_was_encoded(message: Message) -> None:
     assert messages.decode(messages.encode(message)) == message
 
 
-def change(**members: object) -> bytes:
-    return json.dumps({**json.loads(messages.encode(PRESENCE)), **members}).encode()
+def change(**members: object) -> str:
+    return json.dumps({**json.loads(messages.encode(PRESENCE)), **members})
 
 
 @pytest.mark.parametrize(
-    "data",
+    "text",
     [
-        b"",
-        b"\xff",
-        b"[]",
-        b"[" * 10_000,
-        b'{"type":"presence"}',
+        "",
+        "\ud800",
+        "[]",
+        "[" * 10_000,
+        '{"type":"presence"}',
         change(type="unheard of"),
-        change(gateway=""),
-        change(gateway="A" * 16),
-        change(gateway="a" * 65),
         change(host="x" * 101),
         change(pid=-1),
         change(in_flight=True),
@@ -55,38 +52,36 @@ def change(**members: object) -> bytes:
         change(since=1e300),
         change(drained=["GPU-1"]),
         change(drained=[SERVER] * 1001),
-        change(host="x" * messages.MAX_BYTES),
-        messages.encode(
-            LearnedFigures("a" * 16, SERVER, 1.0, None, msgspec.Raw(b'"%s"' % (b"x" * 70_000)), msgspec.Raw(b"1"))
-        ),
+        change(host="x" * messages.MAX_CHARS),
+        messages.encode(LearnedFigures(SERVER, 1.0, None, msgspec.Raw(b'"%s"' % (b"x" * 70_000)), msgspec.Raw(b"1"))),
     ],
 )
-def test_data_that_is_no_message_is_refused(data: bytes) -> None:
+def test_text_that_is_no_message_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
-        messages.decode(data)
+        messages.decode(text)
 
 
 def test_a_member_that_is_not_known_is_passed_over() -> None:
     assert messages.decode(change(mood="good")) == PRESENCE
 
 
-@given(st.binary(max_size=200))
-def test_garbage_raises_nothing_else(data: bytes) -> None:
+@given(st.text(max_size=200))
+def test_garbage_raises_nothing_else(text: str) -> None:
     with pytest.raises(ValueError):
-        messages.decode(data)
+        messages.decode(text)
 
 
 @given(
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["presence", "server", "question", "learned"]), "gateway": ABSURD},
+        {"type": st.sampled_from(["presence", "server", "question", "learned"])},
         optional=dict.fromkeys(("host", "pid", "since", "drained", "server", "servers", "rates", "limits"), ABSURD),
     )
 )
-@example({"type": "question", "gateway": "a" * 16, "servers": {SERVER: Raw("1" * 5000)}})
-@example({"type": "question", "gateway": "a" * 16, "servers": {"x" * 32: 1.0}})
+@example({"type": "question", "servers": {SERVER: Raw("1" * 5000)}})
+@example({"type": "question", "servers": {"x" * 32: 1.0}})
 def test_an_absurd_message_raises_nothing_else(message: Any) -> None:
     try:
-        messages.decode(json_bytes(message))
+        messages.decode(json_bytes(message).decode())
     except ValueError:
         return
 
