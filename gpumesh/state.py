@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from gpumesh.gateways_state import MeshGatewayState as MeshGatewayState  # noqa: PLC0414
 from gpumesh.scheduling_state import DecisionState as DecisionState  # noqa: PLC0414 - a part of the node's state
 from gpumesh.scheduling_state import LearnedState as LearnedState  # noqa: PLC0414
 from gpumesh.scheduling_state import LoadingState as LoadingState  # noqa: PLC0414
@@ -344,7 +345,7 @@ class GatewayState:
 
 @dataclass(frozen=True, slots=True)
 class MeshState:
-    """A snapshot of the whole mesh."""
+    """A snapshot of the whole mesh. ``gateways``: empty without `redis` in mesh.yaml; else this gateway first."""
 
     mesh: str
     at: datetime
@@ -352,6 +353,7 @@ class MeshState:
     totals: Totals
     nodes: tuple[NodeState, ...]
     findings: tuple[Finding, ...] = ()
+    gateways: tuple[MeshGatewayState, ...] = ()
 
     def node(self, name: str) -> NodeState:
         """Returns the state of the node with this name. Raises ``KeyError`` when there is no such node."""

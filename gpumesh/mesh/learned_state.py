@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -80,6 +81,31 @@ def build_host_key(coordination_key: str, *, url: str, kind: str) -> str:
     return f"{kind} {url} {coordination_key}"
 
 
+def build_shared_key(host_key: str) -> str:
+    """The key of a server for all gateways, from its ``host_key``: they may reach the server at other addresses of its
+    host, so of the address only the port remains, or the path of a socket."""
+    kind, url, coordination_key = host_key.split(" ", 2)
+    port = urlsplit(url).port
+    return f"{kind} {url if port is None else port} {coordination_key}"
+
+
+def restore_figures(
+    node: LearningNode, rates: msgspec.Raw, limits: msgspec.Raw, *, server_version: str | None, now: float
+) -> None:
+    """Gives a node figures that were learned about its server, for the models that the node has not used yet. Raises
+    ValueError if they are damaged. ``now`` is in seconds of the node's clock.
+
+    The limits are taken only if the server still has the same version: another version may have other defaults.
+    """
+    try:
+        known_rates, known_limits = msgspec.json.decode(rates), msgspec.json.decode(limits)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    node.rates.restore(known_rates)
+    if server_version is not None and server_version == node.server_version:
+        node.learned_slots.restore(known_limits, now=now)
+
+
 class LearnedState:
     """The file with what was learned. Reading and writing never fail: the reason for a failure is logged.
 
@@ -99,22 +125,21 @@ class LearnedState:
 
     def restore(self, node: LearningNode, now: float) -> None:
         """Gives a node what was learned about its server, for the models that the node has not used yet. Must be called
-        when the node's key and version are known. ``now`` is in seconds of the node's clock.
-
-        The limits are taken only if the server still has the same version: another version may have other defaults.
-        """
+        when the node's key and version are known. ``now`` is in seconds of the node's clock."""
         host = None if node.host_key is None else self._hosts.get(node.host_key)
         if host is None:
             return
         try:
-            rates, limits = msgspec.json.decode(host.rates), msgspec.json.decode(host.limits)
-            node.rates.restore(rates)
-            if host.server_version is not None and host.server_version == node.server_version:
-                node.learned_slots.restore(limits, now=now)
-        except (ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deeply
+            restore_figures(node, host.rates, host.limits, server_version=host.server_version, now=now)
+        except ValueError as error:
             log.warning(
                 "%s: what was learned about %r is damaged, so it is ignored: %s", self._path, node.host_key, error
             )
+
+    def saved_at(self, node: LearningNode) -> float | None:
+        """When this file's figures of the node's server were saved, in seconds since 1970; ``None``: it has none."""
+        host = None if node.host_key is None else self._hosts.get(node.host_key)
+        return None if host is None else host.saved_at
 
     async def run(
         self, nodes: Iterable[LearningNode], *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep

@@ -245,6 +245,10 @@ class NodeSlots:
                 is_known = stored.search is SlotSearch.KNOWN
                 self._add_model(model).limit = set_ceiling(limit, now) if is_known else limit
 
+    def forget_idle(self) -> None:
+        """Forgets the models without a request in flight, because newer limits of them are known elsewhere."""
+        self._models = {model: slots for model, slots in self._models.items() if slots.in_flight}
+
 
 def _is_anything_known(limit: ParallelLimit) -> bool:
     """Whether the limit is more than the first guess: slots were proven, or slow start has ended."""

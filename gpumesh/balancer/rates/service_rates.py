@@ -356,6 +356,14 @@ class ServiceRates:
                 self._last_load = load_s
                 _add_bounded(self._load, model, load_s)
 
+    def forget_all(self) -> None:
+        """Forgets what was measured on this node, because newer figures of it are known elsewhere."""
+        self._note_change()
+        self._decode.clear()
+        self._prefill.clear()
+        self._load.clear()
+        self._last_decode = self._last_prefill = self._last_load = None
+
 
 def _storable(values: dict[str, _Value]) -> Iterator[tuple[str, _Value]]:
     """The models, with their values, whose names are not too long to be stored."""

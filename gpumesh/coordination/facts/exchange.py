@@ -56,6 +56,10 @@ class MeshFacts(Protocol):
     def check_server(self, server: str, *, is_up: bool) -> None:
         """The server has failed at another gateway, or answers there again."""
 
+    def learned_times(self) -> Mapping[str, float]:
+        """The servers that this gateway knows, and the time of what it has learned about each of them, in seconds since
+        1970; 0 if it has learned nothing."""
+
     def find_learned(self, server: str) -> LearnedFigures | None:
         """What this gateway has learned about the server; ``None`` if it has learned nothing, or has no such server."""
 
@@ -85,8 +89,7 @@ class FactsExchange:
         self._presence_wanted = asyncio.Event()
         self._checked_at: dict[tuple[str, bool], float] = {}  # when a server was checked because it failed, or is up
         self._asked: dict[str, float] = {}  # what others ask: by server, the time of the figures that they have
-        self._question: Mapping[str, float] = {}  # what this gateway asks
-        self._question_sent_at: float | None = None
+        self._question_sent_at: float | None = None  # ``None``: the question is sent in the next turn of ``tick``
 
     def __repr__(self) -> str:
         return f"<FactsExchange of {self._host}, {self.others!r}>"
@@ -115,10 +118,7 @@ class FactsExchange:
         if self.others.forget_silent(now):
             self._mesh.note_gateways()
         self._send(self.own_presence())
-        question_is_due = self._question_sent_at is None or now - self._question_sent_at >= ASK_INTERVAL_S
-        if self._question and question_is_due and self._channel.is_connected:
-            self._question_sent_at = now
-            self._send(LearnedQuestion(dict(self._question)))
+        self._ask_learned(now)
         self._answer_questions()
 
     def send_presence(self) -> None:
@@ -136,12 +136,19 @@ class FactsExchange:
         """Tells the others that the server has just failed here, or answers again."""
         self._send(ServerChange(server, is_up))
 
-    def ask_learned(self, servers: Mapping[str, float]) -> None:
-        """Asks the others for what they have learned about these servers, now and every ``ASK_INTERVAL_S``. The value
-        is the time of this gateway's own figures, in seconds since 1970; 0 if it has none."""
-        if servers.keys() - self._question.keys():
-            self._question_sent_at = None  # new servers: the question is sent with the next presence
-        self._question = dict(list(servers.items())[: messages.MAX_SERVERS])
+    def note_new_server(self) -> None:
+        """This gateway knows another server: the others are asked what they have learned about it."""
+        self._question_sent_at = None
+
+    def _ask_learned(self, now: float) -> None:
+        """Asks the others for what they have learned, if it is time."""
+        is_due = self._question_sent_at is None or now - self._question_sent_at >= ASK_INTERVAL_S
+        if not is_due or not self._channel.is_connected or not self.others.presences():
+            return
+        servers = dict(list(self._mesh.learned_times().items())[: messages.MAX_SERVERS])
+        if servers:
+            self._question_sent_at = now
+            self._send(LearnedQuestion(servers))
 
     def _answer_questions(self) -> None:
         """Answers a few of the questions of others. The ``tick`` of each gateway comes at another time, so the first

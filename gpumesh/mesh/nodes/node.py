@@ -253,8 +253,7 @@ class Node:
         self._scheduler.note_report(self.account)
 
     def _check_after_failure(self, outcome: Outcome, error: str | None) -> None:
-        """Makes the prober, and for some outcomes also the tunnel, check the node at once, because an attempt has
-        failed."""
+        """Probes the server, and for some outcomes checks the tunnel, at once, because an attempt has failed."""
         self._prober.request_probe()
         if rule_for_outcome(outcome).check_tunnel:
             self._link.suspect(error or outcome.value)
@@ -262,6 +261,11 @@ class Node:
 
     def _note_loaded(self, model: str) -> None:
         self._prober.note_loaded(model)
+
+    def check_now(self, reason: str) -> None:
+        """Probes the server, and checks the tunnel, at once."""
+        self._prober.request_probe()
+        self._link.suspect(reason)
 
     @property
     def reported(self) -> bool:
@@ -272,8 +276,7 @@ class Node:
         await self._prober.wait_first_round()
 
     async def refresh(self) -> None:
-        """Probes the server, if the tunnel is up, and returns after this probe. A probe that began before the call does
-        not count."""
+        """Probes the server, if the tunnel is up, and returns after this probe, which begins after the call."""
         await self._prober.refresh()
 
     # -- the tunnel ----------------------------------------------------------------------------------------------
@@ -373,8 +376,7 @@ class Node:
         return self._snapshots.reachable
 
     def may_recover(self, model: str | None = None) -> bool:
-        """Whether the node takes no requests for this model now, but probably will in a moment. ``None``: whether this
-        is so for requests of any model."""
+        """Whether the node takes no requests for this model (``None``: for any) now, but probably will in a moment."""
         return self._snapshots.may_recover(model)
 
     def next_trial_s(self, model: str | None) -> float | None:

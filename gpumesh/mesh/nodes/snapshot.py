@@ -14,6 +14,7 @@ from gpumesh.balancer.base import Candidate
 from gpumesh.balancer.outliers import Slowness
 from gpumesh.coordination.base import Coordination
 from gpumesh.mesh.nodes.answer_findings import find_foreign_answer
+from gpumesh.mesh.nodes.drains import describe_drain
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.model_findings import broken_model_states, find_model_findings
 from gpumesh.mesh.nodes.prober import NodeReports, Prober
@@ -50,7 +51,7 @@ class NodeRole:
     usual.
 
     ``drained``: a person asked for no new requests, until a person resumes it. ``drain_holds``: those who ask for the
-    same while they hold it (``mesh/outages/``).
+    same while they hold it (``mesh/outages/``, and other gateways: ``drains.py``).
     """
 
     drained: bool = False
@@ -220,7 +221,10 @@ class SnapshotBuilder:
             return Health.UNKNOWN, "disabled in mesh.yaml"
         if reports.missing_secret is not None and reports.backend is None:  # the server could not be asked yet
             return Health.DOWN, reports.missing_secret.message
-        return assess_health(tunnel, reports.gpus, reports.backend, self.spec, self._role.draining)
+        health, reason = assess_health(tunnel, reports.gpus, reports.backend, self.spec, self._role.draining)
+        if health is Health.DRAINING and not self._role.drained:
+            reason = describe_drain(self._role.drain_holds) or reason
+        return health, reason
 
     def _build_load_state(self, queued: int) -> LoadState:
         """The node's requests: those in flight, those that wait for this node only, and how the others ended."""

@@ -47,6 +47,7 @@ class Gateway:
     name: str
     drained: set[str] = field(default_factory=set)
     learned: dict[str, LearnedFigures] = field(default_factory=dict)
+    known: dict[str, float] = field(default_factory=dict)
     changes: int = 0
     checked: list[tuple[str, bool]] = field(default_factory=list)
     taken: list[LearnedFigures] = field(default_factory=list)
@@ -75,6 +76,9 @@ class Gateway:
 
     def check_server(self, server: str, *, is_up: bool) -> None:
         self.checked.append((server, is_up))
+
+    def learned_times(self) -> dict[str, float]:
+        return self.known
 
     def find_learned(self, server: str) -> LearnedFigures | None:
         return self.learned.get(server)
@@ -166,7 +170,7 @@ def test_the_newest_figures_answer_a_question_once(network: Network) -> None:
     asks, old, new, lacks = (Gateway(network, name) for name in "abcd")
     old.learn(ONE, 100.0)
     new.learn(ONE, 200.0)
-    asks.exchange.ask_learned({ONE: 150.0, TWO: 0.0})
+    asks.known = {ONE: 150.0, TWO: 0.0}
     network.pass_seconds(5)
     assert [figures.learned_at for figures in asks.taken] == [200.0]
     assert sum(isinstance(message, LearnedFigures) for message in network.sent) == 1
@@ -174,13 +178,16 @@ def test_the_newest_figures_answer_a_question_once(network: Network) -> None:
     new.learn(TWO, 10.0)
     network.pass_seconds(ASK_INTERVAL_S)
     assert [figures.server for figures in asks.taken] == [ONE, ONE, TWO]
+    asks.exchange.note_new_server()
+    network.pass_seconds(2)
+    assert len(asks.taken) == 5, "a new server is asked for at once"
 
 
 def test_figures_of_a_size_that_others_refuse_are_not_sent(network: Network) -> None:
     asks, knows = Gateway(network, "a"), Gateway(network, "b")
     knows.learn(ONE, 100.0)
     knows.learned[ONE] = msgspec.structs.replace(knows.learned[ONE], rates=msgspec.Raw(b'"' + b"x" * 70_000 + b'"'))
-    asks.exchange.ask_learned({ONE: 0.0})
+    asks.known = {ONE: 0.0}
     network.pass_seconds(5)
     assert not asks.taken
 
