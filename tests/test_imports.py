@@ -18,6 +18,7 @@ LAYERS = {
     "files": 0,
     "event_loop": 0,
     "scheduling_state": 0,
+    "gateways_state": 0,
     "pool_spec": 0,
     "topology": 1,
     "state": 1,

@@ -27,7 +27,6 @@ from gpumesh.balancer.models.model_rules import ModelRules
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.coordination.factory import create_coordination
-from gpumesh.errors import UsageError
 from gpumesh.mesh import readiness
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.chat import ChatStream, chat_demand, read_request
@@ -45,6 +44,7 @@ from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.mesh.running_nodes import RunningNodes
 from gpumesh.mesh.shared_places import SharedPlaces
+from gpumesh.mesh.sharing.fleet_sharing import share_fleet
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
 from gpumesh.topology import BackendKind, NodeSpec, Topology
@@ -113,6 +113,7 @@ class Mesh:
         has_others = topology.redis is not None
         places = SharedPlaces(self.fleet, self._scheduler, self._coordination, clock=clock) if has_others else None
         self._dispatcher = Dispatcher(self.fleet, self._scheduler, clock=clock, places=places)
+        self._sharing = share_fleet(self.topology, self.fleet, self.factory, self._count_requests)
         self._send_context = SendContext(self._upstream, self._dispatcher, clock, self._rng, self.fleet.explain_no_node)
 
     def __repr__(self) -> str:
@@ -136,6 +137,7 @@ class Mesh:
             self._nodes = RunningNodes(self.fleet, self._inspection, self.factory, group)
             stack.callback(self._stop)  # on exit this runs first: the task group then waits for the cancelled tasks
             self._tasks.append(group.create_task(self._coordination.run(), name="coordination"))
+            self._tasks.append(group.create_task(self._sharing.run(), name="facts for other gateways"))
             self._nodes.start(self.topology)
             self._tasks.append(group.create_task(self._inspection.run(), name="inspection"))
             if self._learned is not None:
@@ -173,6 +175,10 @@ class Mesh:
 
     def _on_node_changed(self) -> None:
         self._dispatcher.note_nodes_changed()
+        self._sharing.note_changes()
+
+    def _count_requests(self) -> tuple[int, int]:
+        return self.in_flight, self._dispatcher.queued
 
     def apply(self, topology: Topology, *, limit_s: float) -> AppliedChange:
         """Takes over another topology while the mesh runs, at once. Requests go on where they are; those on nodes that
@@ -228,6 +234,7 @@ class Mesh:
             totals=compute_totals(states),
             nodes=states,
             findings=(*findings, *self._coordination.findings(), *self.own_findings),
+            gateways=self._sharing.gateways(),
         )
 
     @property
@@ -278,8 +285,8 @@ class Mesh:
 
     def usable_nodes(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
         """The names of the nodes of these kinds that take requests now, or as soon as they have a free slot."""
-        usable = [candidate for candidate in self.fleet.candidates() if candidate.usable]
-        return tuple(candidate.name for candidate in usable if candidate.kind in kinds)
+        candidates = self.fleet.candidates()
+        return tuple(candidate.name for candidate in candidates if candidate.usable and candidate.kind in kinds)
 
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers."""
@@ -372,10 +379,7 @@ class Mesh:
 
     def tunnel(self, node: str) -> Tunnel:
         """The node's tunnel. Raises UsageError for a node that mesh.yaml does not have or that is disabled in it."""
-        tunnel = self.fleet.find_node(node).tunnel
-        if tunnel is None:
-            raise UsageError(f"node {node!r} is disabled in mesh.yaml")
-        return tunnel
+        return self.fleet.find_tunnel(node)
 
     async def refresh(self, nodes: Iterable[str]) -> None:
         """Probes the servers of these nodes again, because their model stores were changed through us."""
@@ -384,13 +388,8 @@ class Mesh:
 
     def drain(self, node: str) -> None:
         """Sends no new requests to this node. The running requests end by themselves."""
-        drained_node = self.fleet.find_node(node)
-        drained_node.role.drained = True
-        drained_node.announce_change()
+        self.fleet.drain(node)
 
     def resume(self, node: str) -> None:
         """Ends the draining of this node, whoever asked for it: it gets new requests again."""
-        resumed_node = self.fleet.find_node(node)
-        resumed_node.role.drained = False
-        resumed_node.role.drain_holds.clear()
-        resumed_node.announce_change()
+        self.fleet.resume(node)

@@ -20,6 +20,7 @@ from gpumesh.mesh.nodes.model_findings import describe_model_fault
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.state import Finding, NodeState, Severity
 from gpumesh.text.model_names import full_name
+from gpumesh.tunnels.base import Tunnel
 
 
 class Fleet:
@@ -58,6 +59,27 @@ class Fleet:
         if name is not None and name not in self._nodes:
             raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
         return name
+
+    def find_tunnel(self, name: str) -> Tunnel:
+        """Returns the node's tunnel. Raises UsageError for a node that mesh.yaml does not have or that is disabled in
+        it."""
+        tunnel = self.find_node(name).tunnel
+        if tunnel is None:
+            raise UsageError(f"node {name!r} is disabled in mesh.yaml")
+        return tunnel
+
+    def drain(self, name: str) -> None:
+        """Sends no new requests to the node, until ``resume``. Raises UsageError for an unknown node."""
+        node = self.find_node(name)
+        node.role.drained = True
+        node.announce_change()
+
+    def resume(self, name: str) -> None:
+        """Ends the draining of the node, whoever asked for it. Raises UsageError for an unknown node."""
+        node = self.find_node(name)
+        node.role.drained = False
+        node.role.drain_holds.clear()
+        node.announce_change()
 
     def leaving_findings(self) -> list[Finding]:
         """A remark for each node that has left the mesh, and whose last requests have not ended yet."""

@@ -81,8 +81,7 @@ class Node:
         self._learned = learned
         self.host_key: str | None = None
         """The key of the server in the file of learned figures; ``None`` until the server was seen."""
-        self.server_version: str | None = None
-        """The version of the server when it was seen last; ``None`` if it is not known."""
+        self.server_version: str | None = None  # when the server was seen last; ``None`` if it is not known
         self._link = TunnelLink(spec, clock=clock)
         self._link.away_since = self.opened_at = clock()
         self.ledger = Ledger(

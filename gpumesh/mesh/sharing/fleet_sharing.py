@@ -18,15 +18,19 @@ import msgspec
 
 from gpumesh.balancer.limits import NodeSlots
 from gpumesh.balancer.rates import ServiceRates
+from gpumesh.coordination.base import Coordination
 from gpumesh.coordination.facts.exchange import FactsChannel, FactsExchange, OwnLoad
 from gpumesh.coordination.facts.messages import LearnedFigures, Presence, hash_server
 from gpumesh.mesh.learned_state import LearnedState, build_shared_key, restore_figures
 from gpumesh.mesh.nodes.drains import DrainElsewhere
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.node import Node
+from gpumesh.mesh.nodes.node_factory import NodeFactory
 from gpumesh.state import MeshGatewayState, TunnelPhase
 from gpumesh.text.printable import printable
+from gpumesh.topology import Topology
 
+TOPIC = "facts"
 MAX_SHOWN_ID_CHARS = 64
 MAX_SHOWN_TEXT_CHARS = 60
 
@@ -223,6 +227,55 @@ class FleetSharing:
                 node.learned_slots.forget_idle()
         restore_figures(node, figures.rates, figures.limits, server_version=figures.server_version, now=now)
         shared.told_at = min(figures.learned_at, self._wall_clock())  # the other clock may be ahead
+
+
+class _Channel:
+    """The messages with facts among all messages of gateways."""
+
+    def __init__(self, coordination: Coordination) -> None:
+        self._coordination = coordination
+
+    @property
+    def is_connected(self) -> bool:
+        return all(finding.code != "redis-away" for finding in self._coordination.findings())
+
+    def send(self, text: str) -> None:
+        self._coordination.exchange.send(TOPIC, text)
+
+
+class NoSharing:
+    """Stands for ``FleetSharing`` in a mesh without other gateways."""
+
+    async def run(self) -> None:
+        """Returns at once."""
+
+    def gateways(self) -> tuple[MeshGatewayState, ...]:
+        return ()
+
+    def note_changes(self) -> None:
+        pass
+
+
+def share_fleet(
+    topology: Topology, fleet: Fleet, parts: NodeFactory, count_requests: Callable[[], tuple[int, int]]
+) -> FleetSharing | NoSharing:
+    """Makes the sharing of a mesh; ``NoSharing`` without `redis` in mesh.yaml. ``count_requests`` returns this
+    gateway's requests in flight and in its queue."""
+    if topology.redis is None:
+        return NoSharing()
+    exchange = parts.coordination.exchange
+    sharing = FleetSharing(
+        topology.name,
+        fleet,
+        _Channel(parts.coordination),
+        gateway_id=exchange.gateway,
+        count_requests=count_requests,
+        on_change=parts.changes.notify,
+        learned=parts.learned,
+        clock=parts.clock,
+    )
+    exchange.listen(TOPIC, sharing.exchange.receive)
+    return sharing
 
 
 class _Trial:
