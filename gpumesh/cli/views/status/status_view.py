@@ -1,4 +1,5 @@
-"""Draws the whole of `status`: a line about the mesh, the table of nodes and GPUs, the line of the pool, the remarks.
+"""Draws the whole of `status`: a line about the mesh, the table of nodes and GPUs, the lines of the pool and of the
+gateways, the remarks.
 
 The table has as many columns as there is room for. Text from hosts is cleaned and reaches rich as ``Text``.
 """
@@ -16,6 +17,7 @@ from gpumesh.cli.views.local_access import access_lines
 from gpumesh.cli.views.page_path import page_note
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.cli.views.status.columns import status_table
+from gpumesh.cli.views.status.gateways import gateways_line, gateways_table
 from gpumesh.cli.views.status.pool_line import pool_line
 from gpumesh.cli.views.status.processes import process_views
 from gpumesh.cli.views.status.remarks import fit_remarks, list_remarks
@@ -25,7 +27,7 @@ from gpumesh.mesh.history import History
 from gpumesh.state import GatewayPhase, MeshState
 
 MIN_WIDTH_OF_REMARKS = 20  # characters; on a narrower terminal a remark could not be read
-LINES_AROUND_ROWS = 4  # the mesh, the head of the table (two lines), the pool
+LINES_AROUND_ROWS = 4  # the mesh, the head of the table (two lines), the pool; one more for the gateways
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +61,28 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
     """The whole view for a terminal of ``width`` characters."""
     remarks = list_remarks(state) if width >= MIN_WIDTH_OF_REMARKS else []
     rows = make_rows(state, selected=options.selected, history=options.history)
+    gateways = None if options.verbose else gateways_line(state, width)  # with ``verbose`` there is a table of them
     hidden_rows = 0
     hidden_remarks = 0
     if options.height is not None:
         # The remarks get only the lines that the rows leave free.
-        free_lines = options.height - LINES_AROUND_ROWS - len(rows)
+        lines_around_rows = LINES_AROUND_ROWS + (gateways is not None)
+        free_lines = options.height - lines_around_rows - len(rows)
         if free_lines >= 1:
             remarks = fit_remarks(remarks, width, free_lines)
         else:
             remarks, hidden_remarks = [], len(remarks)  # the line of the pool counts them
         if free_lines < 0:
-            room = options.height - LINES_AROUND_ROWS - 1  # without the line that counts the hidden rows
+            room = options.height - lines_around_rows - 1  # without the line that counts the hidden rows
             rows, hidden_rows = fit_rows(rows, max(room, 1), options.selected)
     parts: list[RenderableType] = [_mesh_line(state, width), status_table(rows, width)]
     if hidden_rows:
         parts.append(Text(f"… and {hidden_rows} more rows", style="dim"))
     parts.append(pool_line(state, width, hidden_remarks))
+    if gateways is not None:
+        parts.append(gateways)
     if options.verbose:
+        parts.extend(gateways_table(state))
         parts.extend(process_views(state))
         parts.extend(scheduling_views(state))
         parts.extend(Text(line, style="dim") for line in access_lines(state))
