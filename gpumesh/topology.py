@@ -300,12 +300,14 @@ DEFAULT_TUNNELS = TunnelsSpec()
 
 @dataclass(frozen=True, slots=True)
 class RedisSpec:
-    """The Redis server through which several gateways exchange their loads. ``url`` holds no password. ``ca_file`` has
-    the certificates that may sign the server's; ``None``: those of the system."""
+    """The Redis through which gateways share their nodes. ``url`` holds no password. ``ca_file`` has the certificates
+    that may sign the server's; ``None``: those of the system. The rest are names of variables."""
 
     url: str
     password_env: str | None = None
     ca_file: str | None = None
+    username_env: str | None = None
+    sentinel_password_env: str | None = None
 
 
 class EventKind(StrEnum):
@@ -379,7 +381,7 @@ class Topology:
         """The names of the environment variables that hold this mesh's secrets."""
         names: list[str | None] = [*self.gateway.key_variables]
         if self.redis is not None:
-            names.append(self.redis.password_env)
+            names += [self.redis.username_env, self.redis.password_env, self.redis.sentinel_password_env]
         for rule in self.notify:
             names += [rule.webhook_env, rule.token_env]
         for node in self.nodes:

@@ -5,6 +5,7 @@ This module reads files, variables and ``~/.ssh/config``, never the network. Eac
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 from collections import defaultdict
@@ -12,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpumesh.config import credentials, environment, providers
+from gpumesh.config.mesh_file.topology_builder import DEFAULT_NAME
+from gpumesh.config.redis_url import TLS_SCHEMES, redis_hosts
 from gpumesh.config.ssh import key_files, ssh_config
 from gpumesh.errors import SecretMissing
 from gpumesh.state import Finding, Severity
 from gpumesh.text.addresses import is_loopback
 from gpumesh.text.quoting import paste_command
 from gpumesh.text.sentences import join_all
-from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind
+from gpumesh.topology import HostKeyPolicy, NodeSpec, RedisSpec, SshSpec, Topology, TransportKind
 
 
 def check(topology: Topology) -> list[Finding]:
@@ -52,12 +55,36 @@ def _check_gateway(topology: Topology) -> Iterator[Finding]:
         )
         hint = "keep it to a network that you trust, or put a proxy with TLS before it"
         yield Finding("plain-http", Severity.WARNING, None, message, hint)
-    if topology.redis is not None and topology.redis.password_env is not None:
-        yield from _check_variable(topology.redis.password_env, "redis.password_env", None)
+    if topology.redis is not None:
+        yield from _check_redis(topology.redis, topology.name)
     for index, rule in enumerate(topology.notify):
         for name, variable in (("webhook_env", rule.webhook_env), ("token_env", rule.token_env)):
             if variable is not None:
                 yield from _check_variable(variable, f"notify[{index}].{name}", None)
+
+
+def _check_redis(redis: RedisSpec, mesh_name: str) -> Iterator[Finding]:
+    """Findings about the Redis that gateways share: its variables, its certificates, and a mesh without a name."""
+    for key in ("username_env", "password_env", "sentinel_password_env"):
+        variable = getattr(redis, key)
+        if variable is not None:
+            yield from _check_variable(variable, f"redis.{key}", None)
+    has_tls = redis.url.startswith(tuple(f"{scheme}://" for scheme in TLS_SCHEMES))
+    if redis.ca_file is not None and not os.access(redis.ca_file, os.R_OK):
+        yield Finding("redis-ca", Severity.WARNING, None, f"the file {redis.ca_file} (redis.ca_file) cannot be read")
+    elif redis.ca_file is not None and not has_tls:
+        yield Finding("redis-ca", Severity.WARNING, None, "redis.ca_file has no effect: redis.url is without TLS")
+    hosts = redis_hosts(redis.url)
+    if not has_tls and not all(map(is_loopback, hosts)):
+        message = (
+            f"Redis on {join_all(hosts)} is asked without encryption: passwords and batches can be read on the way"
+        )
+        yield Finding("redis-plain", Severity.INFO, None, message, "use rediss://, or a network that you trust")
+    if mesh_name == DEFAULT_NAME:
+        message = (
+            f"mesh.yaml has no `name`, so it shares places and batches with any mesh {DEFAULT_NAME!r} on this Redis"
+        )
+        yield Finding("redis-name", Severity.WARNING, None, message, "write `name: NAME`, the same for all gateways")
 
 
 def _check_key_of_client(name: str, path: Path) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ Reading that text gives the same topology, so the text can be kept as a file. On
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,7 +44,7 @@ def dump_effective(topology: Topology) -> str:
     if topology.redis is not None:
         # The password in redis://USER:PASSWORD@HOST. mesh.yaml does not allow one, but a caller can build such a spec.
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
-        document["redis"] = _drop_empty({"url": url, "password_env": topology.redis.password_env})
+        document["redis"] = _drop_empty({**asdict(topology.redis), "url": url})
     safe_document = _mask_and_escape(document)
     text = yaml.dump(safe_document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return str(text)

@@ -350,31 +350,6 @@ def parse_url(text: str) -> Target:
     return Target(host, port or _SCHEME_PORTS[parts.scheme], parts.scheme, base_path)
 
 
-def parse_redis_url(text: str) -> str:
-    """Returns ``text`` if it is a URL of Redis without a password: ``redis://``, ``rediss://``, ``unix://``, or
-    ``redis+sentinel://h1:p,h2:p/service/db``."""
-    sentinels = re.fullmatch(r"(rediss?)\+sentinel://((?:[^@/]*@)?)([^@/]+)/[^/]+(?:/\d*)?/?", text)
-    if sentinels is not None:
-        scheme, user, servers = sentinels.groups()
-        for server in servers.split(","):
-            parse_redis_url(f"{scheme}://{user}{server}")
-        return text
-    try:
-        parts = urlsplit(text)
-        _ = parts.port  # reading it raises ValueError for a port that is no number
-    except ValueError:
-        raise ValueError("is not a URL: the port or the address in it cannot be read") from None
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("is not Redis's URL: write it like redis://localhost:6379/0")
-    if parts.password is not None:
-        raise SensitiveError("holds a password: name its variable in redis.password_env")
-    has_host = bool(parts.netloc)
-    needs_host = parts.scheme != "unix"  # a Unix socket has a path and no host
-    if has_host != needs_host:
-        raise ValueError("is not Redis's URL: write redis://localhost:6379/0 or unix:///path/to/socket")
-    return text
-
-
 def parse_origin(text: str) -> str:
     """Returns ``text`` if it is an Origin as browsers send it (``https://app.example.com:8443``), or ``*``, which
     stands for every page."""

@@ -130,10 +130,10 @@ def test_the_families_are_read_at_the_first_look_up() -> None:
 
 
 def test_no_code_is_in_two_families() -> None:
-    from gpumesh.audit.catalog import configuration, gpus, hosts, servers
+    from gpumesh.audit.catalog import configuration, gateways, gpus, hosts, servers
     from gpumesh.audit.catalog import errors as command_errors
 
-    families = (hosts, gpus, servers, configuration, command_errors)
+    families = (hosts, gpus, servers, gateways, configuration, command_errors)
     assert sum(len(family.EXPLANATIONS) for family in families) == len(CATALOG)
 
 

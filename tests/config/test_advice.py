@@ -60,9 +60,37 @@ def test_variables_that_are_not_set(ssh: SshSpec, monkeypatch: pytest.MonkeyPatc
         "m",
         (NodeSpec("a", BackendSpec()),),
         GatewaySpec(host="0.0.0.0", api_key_env="UNSET"),
-        RedisSpec("redis://h", "UNSET"),
+        RedisSpec("redis://127.0.0.1", "UNSET", username_env="UNSET", sentinel_password_env="UNSET"),
     )
-    assert [finding.code for finding in config.check(mesh)] == ["secret-missing", "plain-http", "secret-missing"]
+    assert [finding.code for finding in config.check(mesh)] == [
+        "secret-missing",
+        "plain-http",
+        *["secret-missing"] * 3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "ca_file", "name", "expected"),
+    [
+        ("redis://localhost:6379/0", None, "home", []),
+        ("redis://[::1]", None, "home", []),
+        ("unix:///run/redis.sock", None, "home", []),
+        ("redis://me@redis.example.com:6379", None, "home", ["redis-plain"]),
+        ("redis+sentinel://127.0.0.1,h:26379/mesh", None, "home", ["redis-plain"]),
+        ("rediss+sentinel://h,i/mesh", None, "home", []),
+        ("rediss://h", "ca.pem", "home", []),
+        ("rediss://h", "none.pem", "home", ["redis-ca"]),
+        ("redis://localhost", "ca.pem", "home", ["redis-ca"]),
+        ("redis://localhost", None, "mesh", ["redis-name"]),
+    ],
+)
+def test_redis(url: str, ca_file: str | None, name: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("x")
+    redis = RedisSpec(url, ca_file=None if ca_file is None else str(tmp_path / ca_file))
+    mesh = Topology(name, (NodeSpec("a", BackendSpec()),), redis=redis)
+    findings = config.check(mesh)
+    assert [finding.code for finding in findings] == expected
+    assert all("me@" not in finding.message for finding in findings)
 
 
 def test_keys(ssh: SshSpec, tmp_path: Path) -> None:

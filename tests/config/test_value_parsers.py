@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gpumesh.config import value_parsers
+from gpumesh.config.redis_url import parse_redis_url
 from gpumesh.config.value_parsers import SensitiveError
 from gpumesh.topology import Target
 
@@ -35,8 +36,18 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
     (value_parsers.parse_url, "http://h", Target("h", 80)),
     (value_parsers.parse_url, "https://h:8443/x/v1/", Target("h", 8443, "https", "/x")),
     (value_parsers.parse_url, "http://[::1]:11434", Target("::1", 11434)),
-    (value_parsers.parse_redis_url, "redis://localhost:6379/0", "redis://localhost:6379/0"),
-    (value_parsers.parse_redis_url, "unix:///run/redis.sock", "unix:///run/redis.sock"),
+    (parse_redis_url, "redis://localhost:6379/0", "redis://localhost:6379/0"),
+    *(
+        (parse_redis_url, url, url)
+        for url in (
+            "unix:///run/redis.sock",
+            "unix:///run/redis.sock?db=1",
+            "rediss://gateway@redis.example.com",
+            "redis://[::1]:6379/",
+            "redis+sentinel://one:26379,two,[::1]:26379/mesh/2",
+            "rediss+sentinel://gateway@one/mesh",
+        )
+    ),
     (value_parsers.parse_origin, "*", "*"),
     (value_parsers.parse_origin, "https://app.example.com", "https://app.example.com"),
 ]
@@ -74,9 +85,28 @@ BAD: list[tuple[Callable[[str], Any], str, str]] = [
     (value_parsers.parse_url, "http://me:pw@h", "holds a user or password"),
     (value_parsers.parse_url, "http://h/?a=b", "has a query"),
     (value_parsers.parse_url, "http://h/ü", "percent-encoded"),
-    (value_parsers.parse_redis_url, "http://h", "is not Redis's URL"),
-    (value_parsers.parse_redis_url, "redis://:pw@h", "holds a password"),
-    (value_parsers.parse_redis_url, "unix://h", "is not Redis's URL"),
+    (parse_redis_url, "http://h", "is not Redis's URL"),
+    (parse_redis_url, "redis://:pw@h", "holds a password"),
+    *(
+        (parse_redis_url, url, "is not Redis's URL")
+        for url in (
+            "unix://h",
+            "unix:///",
+            "redis://",
+            "redis://h:99999",
+            "redis://h:0",
+            "redis://h/first",
+            "redis://h#x",
+            "redis:h",
+            "redis://h\n",
+            "redis+sentinel://one:26379",
+            "redis+sentinel://one:99999/mesh",
+            "redis+sentinel:///mesh",
+            "redis+sentinel://one,,two/mesh",
+        )
+    ),
+    (parse_redis_url, "redis://h/0?password=hunter2", "question mark"),
+    (parse_redis_url, "redis+sentinel://a:hunter2@one/mesh", "holds a password"),
     (value_parsers.parse_origin, "https://app.example.com/path", "is not an origin"),
 ]
 
@@ -97,7 +127,9 @@ def test_what_may_be_a_secret_says_so() -> None:
     for form, text in (
         (value_parsers.parse_variable_name, "hunter2!"),
         (value_parsers.parse_url, "http://a:b@h"),
-        (value_parsers.parse_redis_url, "redis://:pw@h"),
+        (parse_redis_url, "redis://:pw@h"),
+        (parse_redis_url, "rediss+sentinel://:pw@h,i/mesh"),
+        (parse_redis_url, "redis://h?password=pw"),
     ):
         with pytest.raises(SensitiveError):
             form(text)

@@ -17,9 +17,9 @@ class _Catalog(Mapping[str, Explanation]):
 
     @cached_property
     def _explanations(self) -> dict[str, Explanation]:
-        from gpumesh.audit.catalog import configuration, errors, gpus, hosts, servers
+        from gpumesh.audit.catalog import configuration, errors, gateways, gpus, hosts, servers
 
-        families = (hosts, gpus, servers, configuration, errors)
+        families = (hosts, gpus, servers, gateways, configuration, errors)
         return {entry.code: entry for family in families for entry in family.EXPLANATIONS}
 
     def __getitem__(self, code: str) -> Explanation:

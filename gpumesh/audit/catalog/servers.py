@@ -125,15 +125,6 @@ EXPLANATIONS = (
         "`models.<name>.context_steps` in mesh.yaml rounds them up to the same. `gpumesh status -v` shows the loads.",
     ),
     Explanation(
-        "redis-away",
-        W,
-        "other gateways are not heard",
-        "mesh.yaml names a Redis over which several gateways tell each other what they have in flight, and it does not "
-        "answer. This one goes on alone; two of them may now pile onto one GPU.",
-        "Check that `redis.url` is right and that Redis runs and answers (`redis-cli -u URL ping`). With a single "
-        "gateway, take `redis` out of mesh.yaml.",
-    ),
-    Explanation(
         "version-old",
         W,
         "the server is too old",

@@ -266,10 +266,23 @@ class Model(Section):
 
 
 class Redis(Section):
-    """Optional: several gateways share what they have in flight."""
+    """Optional: several gateways share the nodes of the mesh."""
 
-    url: str = required(REDIS_URL, "redis://, rediss:// or unix://, without a password.")
+    url: str = required(
+        REDIS_URL,
+        "redis://HOST:PORT/DB, rediss:// (with TLS), unix:///SOCKET, or "
+        "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB, without a password.",
+    )
+    username_env: str | None = optional(
+        VARIABLE, "Name of the variable that holds Redis's user (ACL), where the URL names none."
+    )
     password_env: str | None = optional(VARIABLE, "Name of the variable that holds Redis's password.")
+    ca_file: str | None = optional(
+        PATH, "The certificates that may sign the server's, with TLS; those of the system if not given."
+    )
+    sentinel_password_env: str | None = optional(
+        VARIABLE, "Name of the variable that holds the password of the Sentinels, if they ask for one."
+    )
 
 
 class Notify(Section):

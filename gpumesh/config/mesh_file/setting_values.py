@@ -19,6 +19,7 @@ from gpumesh.config.mesh_file.value_types import (
     integer,
     text,
 )
+from gpumesh.config.redis_url import parse_redis_url
 from gpumesh.topology import EventKind
 
 
@@ -43,7 +44,7 @@ JUMP = text(value_parsers.parse_jump)
 LISTEN_ENTRY = text(listen_address.parse_listen_entry, examples=["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"])
 URL = text(value_parsers.parse_url, pattern="^https?://", examples=["http://127.0.0.1:11434"])
 WEBHOOK = text(value_parsers.parse_webhook, pattern="^https?://", examples=["https://example.org/hook"])
-REDIS_URL = text(value_parsers.parse_redis_url, examples=["redis://localhost:6379/0"])
+REDIS_URL = text(parse_redis_url, examples=["redis://localhost:6379/0"])
 SHA256 = text(value_parsers.parse_sha256, pattern=value_parsers.SHA256_PATTERN)
 ORIGIN = text(value_parsers.parse_origin)
 INTERVAL = duration(0.1, 300)

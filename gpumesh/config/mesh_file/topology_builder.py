@@ -19,6 +19,7 @@ from gpumesh.config.mesh_file.file_schema import (
     Node,
     NodeDefaults,
     Notify,
+    Redis,
     Ssh,
     Tunnels,
 )
@@ -78,7 +79,7 @@ class TopologyBuilder:
         be used."""
         defaults = file.defaults or NodeDefaults()
         nodes = tuple(self._build_node(node, defaults, ("nodes", index)) for index, node in enumerate(file.nodes))
-        redis = RedisSpec(file.redis.url, file.redis.password_env) if file.redis is not None else None
+        redis = None if file.redis is None else self._build_redis(file.redis)
         gateway = self._build_gateway(file.gateway or Gateway())
         tunnels = build_tunnels(file.tunnels or Tunnels())
         pools = tuple(build_pool(pool) for pool in file.pools or ())
@@ -323,6 +324,10 @@ class TopologyBuilder:
         except ValueError as error:
             self.faults.append(Fault(f"{path} {error}", None, ("gateway", "listen")))
         return path
+
+    def _build_redis(self, redis: Redis) -> RedisSpec:
+        ca_file = None if redis.ca_file is None else str(self._absolute_path(redis.ca_file))
+        return RedisSpec(redis.url, redis.password_env, ca_file, redis.username_env, redis.sentinel_password_env)
 
     def _absolute_path(self, text: str) -> Path:
         """Returns the path from ``home`` if it begins with ``~``, else from ``base`` unless it is absolute."""
