@@ -23,6 +23,10 @@ class Exchange(Protocol):
     def gateway(self) -> str:
         """The id of this gateway among the others: new for each process."""
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the other gateways can be reached now."""
+
     def send(self, topic: str, text: str) -> None:
         """Sends a message to all other gateways. While they cannot be reached it is lost. Raises ValueError if the text
         is longer than ``MAX_TEXT_CHARS``."""
@@ -49,6 +53,7 @@ class NoExchange:
     """The exchange of a gateway without others."""
 
     gateway = "single"
+    is_connected = False
 
     def __repr__(self) -> str:
         return "<NoExchange>"

@@ -7,6 +7,7 @@ question every few minutes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -97,19 +98,14 @@ class FactsExchange:
     # -- what this gateway tells -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Sends a presence each second, until it is cancelled. Then tells the others that this gateway ends."""
-        try:
-            while True:
-                self._presence_wanted.clear()
-                self.tick()
-                await asyncio.sleep(MIN_INTERVAL_S)
-                try:
-                    async with asyncio.timeout(HEARTBEAT_S - MIN_INTERVAL_S):
-                        await self._presence_wanted.wait()
-                except TimeoutError:
-                    continue
-        finally:
-            self._send(self.own_presence(leaving=True))
+        """Sends a presence each second, until it is cancelled."""
+        while True:
+            self._presence_wanted.clear()
+            self.tick()
+            await asyncio.sleep(MIN_INTERVAL_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S - MIN_INTERVAL_S):
+                    await self._presence_wanted.wait()
 
     def tick(self) -> None:
         """Sends what is due now, and forgets the gateways that are silent."""
@@ -125,12 +121,10 @@ class FactsExchange:
         """Sends the presence in a moment, because something in it has changed."""
         self._presence_wanted.set()
 
-    def own_presence(self, *, leaving: bool = False) -> Presence:
+    def own_presence(self) -> Presence:
         load = self._mesh.own_load()
         drained = tuple(sorted(load.drained))[: messages.MAX_SERVERS]
-        return Presence(
-            self._host, os.getpid(), __version__, self._since, load.in_flight, load.queued, drained, leaving
-        )
+        return Presence(self._host, os.getpid(), __version__, self._since, load.in_flight, load.queued, drained)
 
     def tell_server_change(self, server: str, *, is_up: bool) -> None:
         """Tells the others that the server has just failed here, or answers again."""
@@ -183,11 +177,16 @@ class FactsExchange:
             case LearnedFigures():
                 self._take_figures(message)
 
+    def note_gone(self, gateway: str) -> None:
+        """The gateway has ended, and said so to Redis."""
+        if self.others.forget(gateway):
+            self._mesh.note_gateways()
+
     def _take_presence(self, gateway: str, presence: Presence) -> None:
         is_new = not self.others.knows(gateway)
         if self.others.receive(gateway, presence, self._clock()):
             self._mesh.note_gateways()
-        if is_new and not presence.leaving:
+        if is_new:
             self.send_presence()  # so that a gateway that has just begun need not wait to know this one
 
     def _take_server_change(self, change: ServerChange) -> None:

@@ -31,7 +31,7 @@ class Presence(msgspec.Struct, frozen=True, tag="presence"):
     """A gateway lives. Sent each second.
 
     ``host`` is the name of its machine, ``since`` the time when it began. ``in_flight`` and ``queued`` count its
-    requests. ``drained`` are the servers of the nodes that a person has drained at this gateway. ``leaving``: it ends.
+    requests. ``drained`` are the servers of the nodes that a person has drained at this gateway.
     """
 
     host: Text
@@ -41,7 +41,6 @@ class Presence(msgspec.Struct, frozen=True, tag="presence"):
     in_flight: Count
     queued: Count
     drained: Annotated[tuple[ServerId, ...], msgspec.Meta(max_length=MAX_SERVERS)] = ()
-    leaving: bool = False
 
 
 class ServerChange(msgspec.Struct, frozen=True, tag="server"):

@@ -39,12 +39,14 @@ class OtherGateways:
         """Takes the presence of a gateway. Returns whether it tells more than that the gateway still lives and how many
         requests it has: a gateway that begins or ends, or other drained servers."""
         before = self._heard.pop(gateway, None)  # so that the new entry comes last
-        if presence.leaving:
-            return before is not None
         while len(self._heard) >= MAX_GATEWAYS:
             del self._heard[next(iter(self._heard))]
         self._heard[gateway] = _HeardGateway(presence, now)
         return before is None or before.presence.drained != presence.drained
+
+    def forget(self, gateway: str) -> bool:
+        """Forgets a gateway that has ended. Returns whether it was known."""
+        return self._heard.pop(gateway, None) is not None
 
     def knows(self, gateway: str) -> bool:
         """Whether this gateway is heard."""
@@ -58,7 +60,7 @@ class OtherGateways:
             self._hearing_since, self._away_since = None, now
 
     def forget_silent(self, now: float) -> bool:
-        """Forgets the gateways that have ended without a message. Returns whether there were any."""
+        """Forgets the gateways that are silent. Returns whether there were any."""
         if self._hearing_since is None:
             silent = list(self._heard) if now - self._away_since > AWAY_S else []
         else:

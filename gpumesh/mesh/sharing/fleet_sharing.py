@@ -18,7 +18,7 @@ import msgspec
 
 from gpumesh.balancer.limits import NodeSlots
 from gpumesh.balancer.rates import ServiceRates
-from gpumesh.coordination.base import Coordination
+from gpumesh.coordination.exchange import Exchange
 from gpumesh.coordination.facts.exchange import FactsChannel, FactsExchange, OwnLoad
 from gpumesh.coordination.facts.messages import LearnedFigures, Presence, hash_server
 from gpumesh.mesh.learned_state import LearnedState, build_shared_key, restore_figures
@@ -230,17 +230,30 @@ class FleetSharing:
 
 
 class _Channel:
-    """The messages with facts among all messages of gateways."""
+    """The messages with facts, among all messages of gateways."""
 
-    def __init__(self, coordination: Coordination) -> None:
-        self._coordination = coordination
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._others: frozenset[str] = frozenset()  # the other gateways at the last look
 
     @property
     def is_connected(self) -> bool:
-        return all(finding.code != "redis-away" for finding in self._coordination.findings())
+        return self._exchange.is_connected
 
     def send(self, text: str) -> None:
-        self._coordination.exchange.send(TOPIC, text)
+        self._exchange.send(TOPIC, text)
+
+    def pass_on(self, facts: FactsExchange) -> None:
+        """Passes on to ``facts`` what comes from now on."""
+        self._exchange.listen(TOPIC, facts.receive)
+        self._exchange.follow_facts(lambda: self._note_gateways(facts))
+
+    def _note_gateways(self, facts: FactsExchange) -> None:
+        """Notes which gateways have ended. While Redis is away, that is not known."""
+        if self._exchange.is_connected:
+            gone, self._others = self._others - self._exchange.other_gateways(), self._exchange.other_gateways()
+            for gateway in gone:
+                facts.note_gone(gateway)
 
 
 class NoSharing:
@@ -264,17 +277,18 @@ def share_fleet(
     if topology.redis is None:
         return NoSharing()
     exchange = parts.coordination.exchange
+    channel = _Channel(exchange)
     sharing = FleetSharing(
         topology.name,
         fleet,
-        _Channel(parts.coordination),
+        channel,
         gateway_id=exchange.gateway,
         count_requests=count_requests,
         on_change=parts.changes.notify,
         learned=parts.learned,
         clock=parts.clock,
     )
-    exchange.listen(TOPIC, sharing.exchange.receive)
+    channel.pass_on(sharing.exchange)
     return sharing
 
 

@@ -112,7 +112,7 @@ def test_gateways_know_each_other_until_one_is_silent(network: Network) -> None:
 def test_a_gateway_that_leaves_is_forgotten_at_once(network: Network) -> None:
     first, second = Gateway(network, "a"), Gateway(network, "b")
     network.pass_seconds(1)
-    second.send(messages.encode(second.exchange.own_presence(leaving=True)))
+    first.exchange.note_gone(second.name)
     assert not first.exchange.others.presences()
 
 
