@@ -1,6 +1,6 @@
 """Load with faults, for minutes or days: no answer may be lost, and no resource may grow.
 
-    python benchmarks/soak.py [--minutes 120] [--fault-every 30] [--clients 24] [--json] [--check]
+    python benchmarks/soak.py [--minutes 120] [--warm-up 10] [--fault-every 30] [--clients 24] [--pace 1] [--json] [--check]
 
 `gpumesh up` runs in a process of its own over three simulated hosts behind SSH. Some clients stream, some want the
 answer in one piece, some leave in mid-answer. One fault happens at a time: a host is killed and started again, is
@@ -70,9 +70,9 @@ class Tally:
     errors: Counter[str] = field(default_factory=Counter)
 
 
-def hosts() -> tuple[profile.HostProfile, ...]:
+def hosts(pace: float) -> tuple[profile.HostProfile, ...]:
     return tuple(
-        profile.make_host(name, models=(QWEN_7B,), tokens_per_s=rate, load_s=0.2, slots=4, answer_tokens=(20, 80))
+        profile.make_host(name, models=(QWEN_7B,), tokens_per_s=rate * pace, load_s=0.2, slots=4, answer_tokens=(20, 80))
         for name, rate in (("one", 200.0), ("two", 150.0), ("three", 250.0))
     )
 
@@ -212,6 +212,7 @@ async def soak(
     minutes: float,
     fault_every_s: float,
     clients: int,
+    pace: float = 1.0,
     seed: int = 7,
     warm_up_s: float = WARM_UP_S,
     quiet: bool = False,
@@ -220,7 +221,7 @@ async def soak(
         folder = Path(name)
         runtime = folder / "run"
         runtime.mkdir(mode=0o700)
-        async with Lab(hosts(), folder) as lab:
+        async with Lab(hosts(pace), folder) as lab:
             port = free_port()
             file = lab.write_config(folder / "mesh.yaml", listen=f"127.0.0.1:{port}")
             argv = (sys.executable, "-m", "gpumesh", "--config", str(file), "--quiet", "up")
@@ -270,14 +271,23 @@ def list_problems(figures: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument("--warm-up", type=float, default=WARM_UP_S, metavar="S")
     parser.add_argument("--fault-every", type=float, default=30.0, metavar="S")
     parser.add_argument("--clients", type=int, default=24)
+    parser.add_argument("--pace", type=float, default=1.0, help="factor of the hosts' tokens per second")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit 1 when something was lost or grew")
     given = parser.parse_args()
     figures = asyncio.run(
-        soak(minutes=given.minutes, fault_every_s=given.fault_every, clients=given.clients, seed=given.seed)
+        soak(
+            minutes=given.minutes,
+            fault_every_s=given.fault_every,
+            clients=given.clients,
+            pace=given.pace,
+            seed=given.seed,
+            warm_up_s=given.warm_up,
+        )
     )
     if given.json:
         print(json.dumps(figures, indent=2))
