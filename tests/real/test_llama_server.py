@@ -25,12 +25,16 @@ pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240), need
 SLOTS, CONTEXT = 2, 1024
 
 
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[LlamaServer]:
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.real import tiny_model  # numpy takes its time, and is for these tests only
 
-    model = tiny_model.write_tiny_model(tmp_path / "slow.gguf", layers=16, dim=512)
-    async with LlamaServer(model, slots=SLOTS, context=CONTEXT) as running:
+    return tiny_model.write_tiny_model(tmp_path_factory.mktemp("model") / "slow.gguf", layers=16, dim=512)
+
+
+@pytest.fixture
+async def server(slow_model: Path) -> AsyncIterator[LlamaServer]:
+    async with LlamaServer(slow_model, slots=SLOTS, context=CONTEXT) as running:
         yield running
 
 
@@ -74,26 +78,23 @@ async def test_a_prompt_that_is_too_long_is_told_in_its_words(server: LlamaServe
 
 
 async def test_its_comments_while_it_reads_a_long_prompt_are_no_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slow_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its head comes at once, and then a comment each 30 s, here each second: both are no sign of a token."""
-    from tests.real import tiny_model  # numpy takes its time, and is for these tests only
-
     monkeypatch.setattr(silence_watch, "DEFAULT_TIMEOUT_S", 0.5)
     monkeypatch.setattr(silence_watch, "MIN_TIMEOUT_S", 0.5)
-    model = tiny_model.write_tiny_model(tmp_path / "slow.gguf", layers=16, dim=512)
     options = ("--sse-ping-interval", "1")
     kind = BackendKind.LLAMACPP
     async with (
-        LlamaServer(model, options=options) as one,
-        LlamaServer(model, options=options) as other,
+        LlamaServer(slow_model, options=options) as one,
+        LlamaServer(slow_model, options=options) as other,
         mesh_of_nodes(node("a", one.url, kind=kind), node("b", other.url, kind=kind)) as mesh,
     ):
         body = {
             "model": "tiny",
             "stream": True,
             "max_tokens": 2,
-            "messages": [{"role": "user", "content": "y" * 1900}],
+            "messages": [{"role": "user", "content": "y" * 900}],
         }
         call = HttpCall("POST", "/v1/chat/completions", json.dumps(body).encode())
         asked_at = asyncio.get_running_loop().time()

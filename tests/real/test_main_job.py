@@ -62,19 +62,19 @@ async def test_up_status_run_down(
     answer = await gpumesh("run", "Hello", "-o", "num_predict=12")
     assert answer.out.strip()
 
-    prompts = [f"Prompt number {number}" for number in range(200)]
+    prompts = [f"Prompt number {number}" for number in range(100)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
     results = (await gpumesh("run", "-f", str(tmp_path / "prompts.txt"), "-o", "num_predict=8")).lines()
-    assert [result["index"] for result in results] == list(range(200))
+    assert [result["index"] for result in results] == list(range(100))
     assert [result["prompt"] for result in results] == prompts
-    assert [result["error"] for result in results] == [None] * 200
+    assert [result["error"] for result in results] == [None] * 100
     assert all(result["response"] and result["tokens"] == 8 for result in results)
     shares = [sum(result["node"] == host.name for result in results) for host in two_hosts]
-    assert sum(shares) == 200
-    assert min(shares) >= 20, f"both nodes work: {shares}"
+    assert sum(shares) == 100
+    assert min(shares) >= 10, f"both nodes work: {shares}"
 
     status = valid((await gpumesh("status", "--json")).json())
-    assert sum(node["load"]["served"] for node in status["nodes"]) == 201
+    assert sum(node["load"]["served"] for node in status["nodes"]) == 101
     assert status["gateway"]["in_flight"] == 0
 
     again = await gpumesh("up", "-d", code=1)
@@ -93,6 +93,7 @@ async def test_up_status_run_down(
 
 async def test_without_a_running_mesh(gpumesh: Gpumesh, two_hosts: list[RealHost], backends: Backends) -> None:
     """``status`` and ``run`` open a mesh of their own, and close it."""
+    gpumesh = replace(gpumesh, warm=True)  # test_one_node_ill.py does this with the installed script
     status = valid((await gpumesh("status", "--json")).json())
     check_nodes(status, two_hosts, backends.model)
     none = {"url": None, "state": "off", "in_flight": 0, "queued": 0}
@@ -114,6 +115,7 @@ async def test_without_a_running_mesh(gpumesh: Gpumesh, two_hosts: list[RealHost
 async def test_run_streams_and_its_end_stops_the_generation(
     alone: Gpumesh, tiny_model: Path, tmp_path: Path, detached: bool, ending: signal.Signals
 ) -> None:
+    alone = replace(alone, warm=not detached)
     async with LlamaServer(tiny_model, context=60_000) as server, hosts(tmp_path, [server.backend()]) as made:
         write_config(alone.config, [made[0].node()], model="tiny")
         if detached:
@@ -183,6 +185,7 @@ async def test_a_second_ctrl_c_does_not_wait_for_what_is_in_flight(
 async def test_a_mesh_that_is_killed_leaves_no_workers_and_is_no_obstacle(
     gpumesh: Gpumesh, two_hosts: list[RealHost], backends: Backends
 ) -> None:
+    gpumesh = replace(gpumesh, warm=True)
     await gpumesh("up", "-d")
     assert len(gpumesh.processes()) > 1, "a process for each tunnel"
     os.kill(gpumesh.leader(), signal.SIGKILL)
@@ -232,6 +235,7 @@ async def test_a_gpus_name_does_nothing_to_the_terminal(gpumesh: Gpumesh, two_ho
 @pytest.mark.exclusive
 async def test_bench_agrees_with_the_set_rate(alone: Gpumesh, tmp_path: Path) -> None:
     """Through a real sshd, from a stand-in whose rate is exact: within 3 %."""
+    alone = replace(alone, warm=True)
     rates = (100.0, 60.0)
     async with (
         SimOllama(profile.make_host("one", tokens_per_s=rates[0], load_s=0.0)) as one,

@@ -19,7 +19,7 @@ from tests.real.hosts import LlamaServer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240), needs("llama-server")]
 
-TOKENS = 100
+TOKENS = 42
 ASKED: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}],
