@@ -36,6 +36,7 @@ pytestmark = [
 
 NOTICE_S = 10.0
 RECOVER_S = 30.0
+CLIENTS = 4
 
 
 def list_resources() -> tuple[int, int, list[str]]:
@@ -57,7 +58,7 @@ async def leaving_nothing(folder: Path, runtime: Path, *, line: NetworkLine | No
     warm_commands()  # of which the hosts are forks; it stays until this process ends
     gc.collect()  # the garbage of an earlier test, which may hold descriptors, is not counted
     before = list_resources()
-    async with fault_setup(folder, line=line) as setup:
+    async with fault_setup(folder, line=line, clients=CLIENTS) as setup:
         yield setup
         ours = {pid for zygote in process_resources.zygotes(os.getpid()) for pid in (zygote, *children(zygote))}
     await wait_until(lambda: is_no_more(list_resources(), before), f"{before} again")

@@ -52,7 +52,7 @@ async def end(connection: ParamikoConnection, command: str) -> int | None:
 async def test_a_command_that_ends_by_itself_does_not_end_the_connection(tmp_path: Path) -> None:
     """The host closes a command's channel while we still send messages on it. sshd ends the whole connection when one
     of them comes after our own close. Without care that happens every few hundred commands."""
-    commands, at_once = 1500, 3
+    commands, at_once = 600, 3
 
     async def some(connection: ParamikoConnection) -> None:
         for _ in range(commands // at_once):
