@@ -1,6 +1,7 @@
 """Load with faults, for minutes or days: no answer may be lost, and no resource may grow.
 
-    python benchmarks/soak.py [--minutes 120] [--warm-up 10] [--fault-every 30] [--clients 24] [--pace 1] [--json] [--check]
+    python benchmarks/soak.py [--minutes 120] [--warm-up 10] [--fault-every 30] [--clients 24] [--pace 1] [--json]
+        [--check]
 
 `gpumesh up` runs in a process of its own over three simulated hosts behind SSH. Some clients stream, some want the
 answer in one piece, some leave in mid-answer. One fault happens at a time: a host is killed and started again, is
@@ -72,7 +73,9 @@ class Tally:
 
 def hosts(pace: float) -> tuple[profile.HostProfile, ...]:
     return tuple(
-        profile.make_host(name, models=(QWEN_7B,), tokens_per_s=rate * pace, load_s=0.2, slots=4, answer_tokens=(20, 80))
+        profile.make_host(
+            name, models=(QWEN_7B,), tokens_per_s=rate * pace, load_s=0.2, slots=4, answer_tokens=(20, 80)
+        )
         for name, rate in (("one", 200.0), ("two", 150.0), ("three", 250.0))
     )
 

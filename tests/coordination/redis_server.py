@@ -15,7 +15,7 @@ from time import monotonic
 import redis
 
 from gpumesh.balancer.base import Priority
-from gpumesh.coordination.base import Loads, PlaceRequest
+from gpumesh.coordination.base import PlaceRequest
 from gpumesh.coordination.several_gateways import SeveralGateways
 from gpumesh.coordination.timing import Timing
 from tests.prerequisites import program
@@ -162,11 +162,6 @@ class Gateway:
         return self.places.problem or ""
 
 
-async def no_loads() -> AsyncIterator[Loads]:
-    return
-    yield {}
-
-
 @asynccontextmanager
 async def gateway(
     url: str,
@@ -188,7 +183,7 @@ async def gateway(
         ca_file=ca_file,
         timing=timing,
     )
-    task = asyncio.create_task(running.places.run(no_loads()))
+    task = asyncio.create_task(running.places.run())
     try:
         if joins:
             await wait_until(lambda: running.is_joined or task.done(), "the gateway has joined")

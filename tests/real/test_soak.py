@@ -16,7 +16,13 @@ async def test_nothing_is_lost_and_nothing_grows() -> None:
     # At half the pace a second of this costs half of the CPU time. Each fault still meets answers that have begun.
     run = ("--minutes", "0.35", "--warm-up", "3", "--fault-every", "3.5", "--clients", "5", "--pace", "0.4")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(SOAK), *run, "--json", "--check", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        str(SOAK),
+        *run,
+        "--json",
+        "--check",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     try:
         out, err = await process.communicate()
