@@ -141,13 +141,12 @@ local function set_heads(node, entry, heads)
   end
 end
 
-local function find_other_users(node)
-  local users = {}
+local function has_other_users(node)
   for gateway, entry in pairs(node.gateways) do
     local is_used = entry.held > 0 or #entry.heads > 0 or now - entry.used < request.share_s
-    if gateway ~= me and is_used then table.insert(users, gateway) end
+    if gateway ~= me and is_used then return true end
   end
-  return users
+  return false
 end
 
 local function waits_elsewhere(node)
@@ -180,11 +179,12 @@ local function sync(item)
   if unseen == 0 then set_heads(node, entry, item.heads) end
   local is_used = entry.held > 0 or #takes > 0 or #entry.heads > 0
   entry.used = is_used and now or math.max(entry.used, now - item.idle_s)
-  local other_users = find_other_users(node)
   if item.gives_up and node.owner == me then
     node.owner, node.asked = nil, nil
-    for _, gateway in ipairs(other_users) do send_mail(gateway, 'shared', key, 0, 0) end
-  elseif not node.owner and #other_users == 0 and is_used then
+    for gateway in pairs(node.gateways) do
+      if gateway ~= me then send_mail(gateway, 'shared', key, 0, 0) end
+    end
+  elseif not node.owner and is_used and not has_other_users(node) then
     node.owner = me
   end
   local standing, granted, grants = SHARED, {}, {}
