@@ -271,10 +271,11 @@ def test_lost_answers_and_a_redis_that_forgets_lose_no_place_and_no_request(
 WAITING = st.tuples(st.integers(0, 2), st.sampled_from(list(Priority)), st.integers(1, 40))
 
 
-@given(st.lists(WAITING, min_size=2, max_size=24))
+@given(st.lists(WAITING, min_size=2, max_size=16))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_gateways_serve_in_the_order_of_one_queue(server: Server, entries: list[tuple[int, Priority, int]]) -> None:
-    """Each gateway has one client. The fleet then serves in the order of ``FairQueue`` with all requests."""
+    """Each gateway has one client. The fleet then serves in the order of ``FairQueue`` with all requests. They are so
+    few that no class earns a share (``test_a_batch_gets_one_place_of_17``)."""
     fleet = make_fleet(server, limit=1)
     holder = fleet[0]
     holder.accept(request())
