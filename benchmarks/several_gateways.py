@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.coordination.gateway_processes import RedisProcess, gateway_processes, percentile  # noqa: E402
+from tests.coordination.mesh_processes import gateway_processes, percentile  # noqa: E402
+from tests.coordination.redis_server import RedisServer  # noqa: E402
 from tests.coordination.scenarios import (  # noqa: E402
     interactive_beside_batch,
     kill_gateway,
@@ -42,7 +43,7 @@ NAMES = ("steady", "order", "outages", "kill", "cost")
 async def measure(count: int, rate: float, seconds: float, only: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as folder:
         async with AsyncExitStack() as stack:
-            redis = RedisProcess(Path(folder))
+            redis = RedisServer(Path(folder))
             stack.callback(redis.stop)
             await redis.start()
             servers = [await stack.enter_async_context(SlotServer(SLOTS).listening()) for _ in range(SERVERS)]
@@ -80,7 +81,7 @@ async def measure_cost(folder: Path, rounds: int = 8, each: int = 60, answer_ms:
     """The time of sequential requests: without Redis, with a node that only one gateway uses, with one that two use,
     and while Redis is away. In turns, so that other load of the machine affects all alike."""
     async with AsyncExitStack() as stack:
-        redis = RedisProcess(folder)
+        redis = RedisServer(folder)
         stack.callback(redis.stop)
         await redis.start()
         plain_server, own_server, shared_server, away_server = [

@@ -9,7 +9,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from tests.coordination.gateway_processes import GatewayProcess, RedisProcess, Reply, SteadyLoad, percentile, wait_for
+from tests.coordination.mesh_processes import GatewayProcess, Reply, SteadyLoad, percentile, wait_for
+from tests.coordination.redis_server import RedisServer
 from tests.coordination.slot_server import SlotServer
 
 
@@ -178,20 +179,20 @@ async def lose_redis(
     )
 
 
-def outages(redis: RedisProcess) -> dict[str, tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]]]:
+def outages(redis: RedisServer) -> dict[str, tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]]]:
     """How Redis goes away and comes back, by name."""
 
     async def stop() -> None:
         redis.stop()
 
     async def hang() -> None:
-        redis.signal(signal.SIGSTOP)
+        redis.send(signal.SIGSTOP)
 
     async def go_on() -> None:
-        redis.signal(signal.SIGCONT)
+        redis.send(signal.SIGCONT)
 
     async def flush() -> None:
-        await redis.command("FLUSHALL")
+        redis.client().flushall()
 
     async def nothing() -> None:
         pass

@@ -147,7 +147,6 @@ async def test_two_meshes_over_one_gpu_share_its_slots(redis: Redis) -> None:
             await mesh.wait_first_report(20.0)
         first = meshes[0].chat("qwen2.5:7b", "hello")
         await anext(first)
-        await wait_until(lambda: meshes[1].fleet["one"].account.count() == 1, "the other mesh knows")
         second = asyncio.create_task(read(meshes[1].chat("qwen2.5:7b", "hello again")))
         await wait_until(lambda: meshes[1].snapshot().gateway.queued == 1, "it waits")
         await read(first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpumesh.coordination.factory import create_coordination
-from gpumesh.coordination.redis_coordination import RedisCoordination
+from gpumesh.coordination.several_gateways import SeveralGateways
 from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.topology import RedisSpec
 
@@ -21,9 +21,9 @@ async def test_there_are_no_others_and_nothing_runs() -> None:
 async def test_with_redis_it_is_alone_until_it_is_connected() -> None:
     spec = RedisSpec("unix:///nowhere/redis.sock")
     coordination = create_coordination(spec, mesh="mesh", on_change=lambda keys: None, clock=lambda: 0.0)
-    assert isinstance(coordination, RedisCoordination)
+    assert isinstance(coordination, SeveralGateways)
     assert coordination.findings() == ()
-    assert "0 known" in repr(coordination)
+    assert coordination.take_now("GPU-1")
     coordination.problem = "no connection"
     [finding] = coordination.findings()
     assert finding.code == "redis-away"

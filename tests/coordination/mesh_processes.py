@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import time
 from collections import Counter, deque
@@ -19,49 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.coordination.slot_server import MODEL, SlotServer
-from tests.prerequisites import program
 from tests.real.command import Gpumesh
-from tests.tunnels.polling import wait_until
 
 REQUEST_S = 30.0  # a request that takes longer has failed
-
-
-class RedisProcess:
-    """A redis-server on a Unix socket, without files."""
-
-    def __init__(self, folder: Path) -> None:
-        self._socket = folder / "redis.sock"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self._socket}"
-
-    async def start(self) -> None:
-        binary = program("redis-server")
-        assert binary is not None
-        command = [binary, "--port", "0", "--unixsocket", str(self._socket), "--save", "", "--appendonly", "no"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=self._socket.parent)
-        await wait_until(self._socket.exists, "redis listens")
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def stop(self) -> None:
-        """Kills it, also while it is stopped by SIGSTOP."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._socket.unlink(missing_ok=True)
-
-    async def command(self, *words: str) -> str:
-        """Runs one command with redis-cli, and returns its output."""
-        process = await asyncio.create_subprocess_exec(
-            "redis-cli", "-s", str(self._socket), *words, stdout=subprocess.PIPE
-        )
-        out, _ = await process.communicate()
-        return out.decode()
 
 
 @dataclass
