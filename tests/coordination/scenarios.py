@@ -99,18 +99,18 @@ async def kill_gateway(
     """Kills the last gateway, while all have more requests than there are slots. Returns the seconds until all slots
     are in use again, and what failed at the others. The killed gateway is removed from the list."""
     slots = sum(server.slots for server in servers)
-    load = SteadyLoad(gateways, 1.2 * slots / (answer_ms / 1000), answer_ms)
+    load = SteadyLoad(gateways, 1.05 * slots / (answer_ms / 1000), answer_ms)
 
     async def all_in_use() -> bool:
         return sum(server.running for server in servers) >= slots
 
     async with load.running():
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
         victim = gateways.pop()
         load.gateways = tuple(gateways)
         victim.kill()
         await asyncio.sleep(0.05)  # its connections have ended
-        free_s = await wait_for(all_in_use, limit_s=6.0)
+        free_s = await wait_for(all_in_use, limit_s=10.0)
         await asyncio.sleep(0.2)
     return free_s, load.failures(ignored=[victim.number])
 
@@ -140,6 +140,7 @@ async def lose_redis(
     rate: float,
     answer_ms: int,
     away_s: float,
+    before_s: float = 1.0,
     after_s: float = 1.0,
 ) -> Outage:
     """Redis goes away and comes back under load."""
@@ -152,7 +153,7 @@ async def lose_redis(
 
     load = SteadyLoad(gateways, rate, answer_ms)
     async with load.running():
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(before_s)
         lost_at = time.perf_counter()
         await lose()
         noticed_s = await wait_for(all_say_so, limit_s=5.0) if away_s else None
