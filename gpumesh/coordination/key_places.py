@@ -52,7 +52,8 @@ class KeyPlaces:
     - ``owns``: this gateway uses the key alone, so it asks nobody.
     - ``others``: the places of the other gateways. ``is_closed``: a place was denied, and nothing has changed since.
     - ``freed``: the places that this gateway has given back, and that Redis may still count.
-    - ``is_dirty``: something must be told to Redis.
+    - ``is_dirty``: something must be told to Redis at once. ``tells_soon``: only that a place was given back, for which
+      nobody is known to wait: that is told with the next step, or a moment later.
     """
 
     def __init__(self, key: str, now: float) -> None:
@@ -63,10 +64,11 @@ class KeyPlaces:
         self.others = 0
         self.is_closed = False
         self.freed = 0
-        self.is_dirty = False
+        self.is_dirty = self.tells_soon = False
         self.used_at = now
         self.takes: list[Take] = []  # not sent yet
         self.heads: tuple[WaitingRequest, ...] = ()
+        self._others_wait = False  # by the last answer
         self._sent_takes: list[Take] = []  # in the step that is in flight
         self._sent_freed = 0  # the part of ``freed`` that the step in flight tells
         self._parked: list[Take] = []  # wait until the owner shares the key
@@ -103,7 +105,8 @@ class KeyPlaces:
         self.held = max(self.held - 1, 0)
         if is_shared and not self.owns:
             self.freed += 1
-            self.is_dirty = True
+            self.tells_soon = True
+            self.is_dirty |= self._others_wait or bool(self.heads)
 
     def charge(self, charge: StepCharge) -> None:
         if len(self._charges) < MAX_CHARGES:
@@ -153,7 +156,7 @@ class KeyPlaces:
         )
         self._charges = []
         self._gives_up = False
-        self.is_dirty = False
+        self.is_dirty = self.tells_soon = False
         return message
 
     # -- what Redis answers --------------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ class KeyPlaces:
         self.freed -= self._sent_freed
         self._sent_freed = 0
         self.others = reply.others
+        self._others_wait = reply.others_wait
         if reply.standing is Standing.OWNED_BY_OTHER:
             self.owns, self.is_closed = False, True
             self._parked += takes

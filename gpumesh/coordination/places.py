@@ -46,6 +46,7 @@ class Places:
         self._forgotten: list[KeyPlaces] = []  # the keys that the step in flight lets go
         self._own_until = 0.0  # until then this gateway may rely on using keys alone
         self._next_heartbeat_at = 0.0
+        self._soon_at: float | None = None  # when places that were given back are told at the latest
         self._wants_mail = False  # mail was missed: the next step brings it
 
     def __repr__(self) -> str:
@@ -99,7 +100,10 @@ class Places:
         places.used_at = self._clock()
         if cost_correction and is_shared and not places.owns:
             places.charge(StepCharge(RANKS[priority], hash_client(self._mesh, client), cost_correction))
-        self._mark(places, is_dirty=places.is_dirty)
+        if places.tells_soon and self._soon_at is None:
+            self._soon_at = places.used_at + self._timing.release_s
+        if places.is_dirty or places.tells_soon:
+            self._mark(places, is_dirty=places.is_dirty)
 
     def others_in_flight(self, key: str, own: int, limit: int | None) -> int:
         """As ``Coordination.others_in_flight``."""
@@ -135,7 +139,9 @@ class Places:
     def next_step_at(self) -> float:
         """When a step is due; in the past if there is something to tell already."""
         has_news = self._wants_mail or any(places.is_dirty for places in self._keys.values())
-        return 0.0 if has_news or self.state is LinkState.JOINING else self._next_heartbeat_at
+        if has_news or self.state is LinkState.JOINING:
+            return 0.0
+        return self._next_heartbeat_at if self._soon_at is None else min(self._soon_at, self._next_heartbeat_at)
 
     def is_heartbeat_due(self) -> bool:
         """Whether the next step says everything, not only what has changed."""
@@ -160,7 +166,8 @@ class Places:
         now = self._clock()
         if is_heartbeat:
             self._next_heartbeat_at = now + self._timing.heartbeat_s
-        self._sent = [places for places in self._keys.values() if is_heartbeat or places.is_dirty]
+        self._soon_at = None
+        self._sent = [places for places in self._keys.values() if is_heartbeat or places.is_dirty or places.tells_soon]
         self._forgotten = [places for places in self._sent if places.is_idle(now, self._timing.forget_s)]
         self._sent_at = now
         self._wants_mail = False
@@ -252,7 +259,7 @@ class Places:
     def _mark(self, places: KeyPlaces, *, is_dirty: bool = True) -> None:
         """Notes that there is something to tell of the key."""
         places.is_dirty |= is_dirty
-        if places.is_dirty and self.state is not LinkState.ALONE:
+        if (places.is_dirty or places.tells_soon) and self.state is not LinkState.ALONE:
             self._on_wanted()
 
     def _waiting_request(self, request: PlaceRequest, now: float) -> WaitingRequest:

@@ -159,9 +159,11 @@ class SeveralGateways:
                     await self._do_step(connection)
                     continue
                 due_at = step_at if expiry_at is None else min(step_at, expiry_at)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(due_at - now, 0.0)):
-                        await self._wanted.wait()
+                alarm = asyncio.get_running_loop().call_later(max(due_at - now, 0.0), self._wake)
+                try:
+                    await self._wanted.wait()
+                finally:
+                    alarm.cancel()
         except asyncio.CancelledError:
             with contextlib.suppress(Exception):  # the gateway ends in any case, and then its places expire
                 async with asyncio.timeout(self._timing.answer_s):

@@ -16,6 +16,8 @@ class Timing:
     - ``answer_s``: when Redis has not answered for so long, the gateway goes on alone.
     - ``connect_s``: the time-out of a connection, with its handshake.
     - ``owner_s``: so long a new request waits until the gateway that uses its key alone has shared it.
+    - ``release_s``: a place that is given back, and for which nobody is known to wait, is told with the next step, at
+      the latest after this time. So it mostly goes with the next request's step, and never delays an answer.
     - ``forget_s``: a key that this gateway has not used for so long is forgotten.
     - ``first_pause_s`` and ``max_pause_s``: between two attempts to connect; each pause doubles."""
 
@@ -26,6 +28,7 @@ class Timing:
     answer_s: float = 0.3
     connect_s: float = 2.0
     owner_s: float = 0.3
+    release_s: float = 0.001
     forget_s: float = 60.0
     first_pause_s: float = 0.5
     max_pause_s: float = 2.0
