@@ -99,10 +99,10 @@ async def kill_gateway(
     """Kills the last gateway, while all have more requests than there are slots. Returns the seconds until all slots
     are in use again, and what failed at the others. The killed gateway is removed from the list."""
     slots = sum(server.slots for server in servers)
-    load = SteadyLoad(gateways, 1.05 * slots / (answer_ms / 1000), answer_ms)
+    load = SteadyLoad(gateways, 1.1 * slots / (answer_ms / 1000), answer_ms)
 
-    async def all_in_use() -> bool:
-        return sum(server.running for server in servers) >= slots
+    async def all_were_in_use() -> bool:
+        return all(server.most_running == server.slots for server in servers)
 
     async with load.running():
         await asyncio.sleep(0.5)
@@ -110,7 +110,9 @@ async def kill_gateway(
         load.gateways = tuple(gateways)
         victim.kill()
         await asyncio.sleep(0.05)  # its connections have ended
-        free_s = await wait_for(all_in_use, limit_s=10.0)
+        for server in servers:
+            server.forget()
+        free_s = await wait_for(all_were_in_use, limit_s=10.0)
         await asyncio.sleep(0.2)
     return free_s, load.failures(ignored=[victim.number])
 

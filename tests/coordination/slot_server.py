@@ -43,14 +43,15 @@ _MISSING = _answer(b'{"error":"not found"}').replace(b"200 OK", b"404 Not Found"
 class SlotServer:
     """One server with so many slots. ``order`` are the prompts in the order in which they got a slot.
 
-    ``waited`` counts the requests that had to wait here, and ``most_waiting`` is the largest number at one moment.
+    ``waited`` counts the requests that had to wait here. ``most_waiting`` and ``most_running`` are the largest numbers at
+    one moment.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.port = 0
         self.gets: dict[bytes, bytes] = {}
-        self.running = self.served = self.waited = self.most_waiting = 0
+        self.running = self.served = self.waited = self.most_waiting = self.most_running = 0
         self.order: list[str] = []
         self.connections: set[_Connection] = set()
         self._waiting: deque[_Connection] = deque()
@@ -62,7 +63,7 @@ class SlotServer:
     def forget(self) -> None:
         """Begins to count anew."""
         self.served = self.waited = 0
-        self.most_waiting = len(self._waiting)
+        self.most_waiting, self.most_running = len(self._waiting), self.running
         self.order.clear()
 
     @contextlib.asynccontextmanager
@@ -87,6 +88,7 @@ class SlotServer:
 
     def begin(self, connection: _Connection) -> None:
         self.running += 1
+        self.most_running = max(self.most_running, self.running)
         self.order.append(connection.prompt)
         connection.begin()
 
