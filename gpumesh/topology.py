@@ -306,7 +306,6 @@ class RedisSpec:
     url: str
     password_env: str | None = None
     ca_file: str | None = None
-    username_env: str | None = None
     sentinel_password_env: str | None = None
 
 
@@ -381,7 +380,7 @@ class Topology:
         """The names of the environment variables that hold this mesh's secrets."""
         names: list[str | None] = [*self.gateway.key_variables]
         if self.redis is not None:
-            names += [self.redis.username_env, self.redis.password_env, self.redis.sentinel_password_env]
+            names += [self.redis.password_env, self.redis.sentinel_password_env]
         for rule in self.notify:
             names += [rule.webhook_env, rule.token_env]
         for node in self.nodes:

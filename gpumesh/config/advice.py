@@ -65,7 +65,7 @@ def _check_gateway(topology: Topology) -> Iterator[Finding]:
 
 def _check_redis(redis: RedisSpec, mesh_name: str) -> Iterator[Finding]:
     """Findings about the Redis that gateways share: its variables, its certificates, and a mesh without a name."""
-    for key in ("username_env", "password_env", "sentinel_password_env"):
+    for key in ("password_env", "sentinel_password_env"):
         variable = getattr(redis, key)
         if variable is not None:
             yield from _check_variable(variable, f"redis.{key}", None)

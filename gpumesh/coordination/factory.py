@@ -29,12 +29,16 @@ def create_coordination(
     with need_extra("redis", "`redis:` in mesh.yaml"):
         from gpumesh.coordination.several_gateways import SeveralGateways
 
-    variable = spec.password_env
     return SeveralGateways(
         spec.url,
         mesh=mesh,
-        password=lambda: None if variable is None else config.read_secret(variable),
+        password=lambda: _read_password(spec.password_env),
         on_change=on_change,
         clock=clock,
         ca_file=spec.ca_file,
+        sentinel_password=lambda: _read_password(spec.sentinel_password_env),
     )
+
+
+def _read_password(variable: str | None) -> str | None:
+    return None if variable is None else config.read_secret(variable)

@@ -156,7 +156,8 @@ async def find_master(address: RedisAddress, timing: Timing) -> RedisAddress:
     problems = []
     for host, port in address.sentinels:
         try:
-            async with stall_timeout(timing.answer_s), _connect(address.sentinel_address(host, port), None) as sentinel:
+            server, password = address.sentinel_address(host, port), address.read_sentinel_password()
+            async with stall_timeout(timing.answer_s), _connect(server, password) as sentinel:
                 await sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service)
                 answer = await sentinel.read_response()
         except (RedisError, OSError, TimeoutError) as error:

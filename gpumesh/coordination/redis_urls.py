@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
@@ -11,6 +11,9 @@ from redis.asyncio.connection import Connection, SSLConnection, parse_url
 from redis.exceptions import ResponseError
 
 from gpumesh.errors import UsageError
+
+ReadPassword = Callable[[], str | None]
+"""Called at each connect; its result is not stored."""
 
 DEFAULT_SENTINEL_PORT = 26379
 _MOVED = re.compile(r"(?:MOVED )?\d+ (?P<host>\S*):(?P<port>\d+)")
@@ -21,12 +24,14 @@ class RedisAddress:
     """Where a Redis is, without its password.
 
     ``connection_class`` and ``options`` are those of redis-py. If there are ``sentinels`` (host, port), they are asked
-    where the master of ``service`` is; they have the same TLS, and need no password."""
+    where the master of ``service`` is; they have the same TLS. ``read_sentinel_password`` returns their password;
+    ``None``: they need none."""
 
     connection_class: type
     options: Mapping[str, object]
     sentinels: tuple[tuple[str, int], ...] = ()
     service: str = ""
+    read_sentinel_password: ReadPassword = lambda: None
 
     def at(self, host: str, port: int) -> RedisAddress:
         """The same Redis at another server."""
@@ -38,7 +43,9 @@ class RedisAddress:
         return replace(self, options={**options, "host": host, "port": port}, sentinels=())
 
 
-def read_address(url: str, *, ca_file: str | None = None) -> RedisAddress:
+def read_address(
+    url: str, *, ca_file: str | None = None, read_sentinel_password: ReadPassword = lambda: None
+) -> RedisAddress:
     """Reads ``redis://``, ``rediss://`` (TLS), ``unix://``, and ``redis+sentinel://h1:p,h2:p/service/db`` (with TLS:
     ``rediss+sentinel://``). Raises UsageError if it is none of them."""
     try:
@@ -47,7 +54,7 @@ def read_address(url: str, *, ca_file: str | None = None) -> RedisAddress:
         raise UsageError(f"redis.url cannot be used: {error}") from None
     if ca_file is not None and address.connection_class is SSLConnection:
         address = replace(address, options={**address.options, "ssl_ca_certs": ca_file})
-    return address
+    return replace(address, read_sentinel_password=read_sentinel_password)
 
 
 def _read_server(url: str) -> RedisAddress:

@@ -20,7 +20,7 @@ from gpumesh.coordination.base import PlaceRequest
 from gpumesh.coordination.places import LinkState, Places
 from gpumesh.coordination.redis_connection import MovedAway, RedisConnection
 from gpumesh.coordination.redis_exchange import RedisExchange
-from gpumesh.coordination.redis_urls import RedisAddress, read_address
+from gpumesh.coordination.redis_urls import ReadPassword, RedisAddress, read_address
 from gpumesh.coordination.step_messages import (
     StepRequest,
     decode_mail,
@@ -43,8 +43,8 @@ MAX_UNKNOWN = 5  # so often in a row a step may be answered that this gateway is
 
 
 class SeveralGateways:
-    """``url`` holds no password; ``password`` is called at each connect, and its result is not stored. ``on_change`` is
-    that of ``create_coordination``. ``clock`` returns monotonic seconds."""
+    """``url`` holds no password; ``password`` and ``sentinel_password`` are called at each connect, and their results
+    are not stored. ``on_change`` is that of ``create_coordination``. ``clock`` returns monotonic seconds."""
 
     def __init__(
         self,
@@ -55,12 +55,13 @@ class SeveralGateways:
         on_change: Callable[[Collection[str]], None],
         clock: Callable[[], float],
         ca_file: str | None = None,
+        sentinel_password: ReadPassword = lambda: None,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.problem: str | None = None
         """Why places are not shared now. ``None``: they are shared, or the first attempt to connect is under way."""
         self.exchange = RedisExchange(secrets.token_hex(8), on_wanted=self._wake)
-        self._address = read_address(url, ca_file=ca_file)
+        self._address = read_address(url, ca_file=ca_file, read_sentinel_password=sentinel_password)
         self._prefix = f"gpumesh:{VERSION}:{{{mesh}}}:"
         self._password = password
         self._on_change = on_change

@@ -60,12 +60,12 @@ def test_variables_that_are_not_set(ssh: SshSpec, monkeypatch: pytest.MonkeyPatc
         "m",
         (NodeSpec("a", BackendSpec()),),
         GatewaySpec(host="0.0.0.0", api_key_env="UNSET"),
-        RedisSpec("redis://127.0.0.1", "UNSET", username_env="UNSET", sentinel_password_env="UNSET"),
+        RedisSpec("redis://127.0.0.1", "UNSET", sentinel_password_env="UNSET"),
     )
     assert [finding.code for finding in config.check(mesh)] == [
         "secret-missing",
         "plain-http",
-        *["secret-missing"] * 3,
+        *["secret-missing"] * 2,
     ]
 
 

@@ -273,9 +273,6 @@ class Redis(Section):
         "redis://HOST:PORT/DB, rediss:// (with TLS), unix:///SOCKET, or "
         "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB, without a password.",
     )
-    username_env: str | None = optional(
-        VARIABLE, "Name of the variable that holds Redis's user (ACL), where the URL names none."
-    )
     password_env: str | None = optional(VARIABLE, "Name of the variable that holds Redis's password.")
     ca_file: str | None = optional(
         PATH, "The certificates that may sign the server's, with TLS; those of the system if not given."

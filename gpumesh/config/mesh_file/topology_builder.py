@@ -327,7 +327,7 @@ class TopologyBuilder:
 
     def _build_redis(self, redis: Redis) -> RedisSpec:
         ca_file = None if redis.ca_file is None else str(self._absolute_path(redis.ca_file))
-        return RedisSpec(redis.url, redis.password_env, ca_file, redis.username_env, redis.sentinel_password_env)
+        return RedisSpec(redis.url, redis.password_env, ca_file, redis.sentinel_password_env)
 
     def _absolute_path(self, text: str) -> Path:
         """Returns the path from ``home`` if it begins with ``~``, else from ``base`` unless it is absolute."""

@@ -108,7 +108,7 @@ nodes:
   weight: .5
   labels: {where: on}
   enabled: false
-redis: {url: rediss://localhost:6379/0, username_env: RU, password_env: RP, ca_file: ca.pem, sentinel_password_env: SP}
+redis: {url: 'rediss://gateway@localhost:6379/0', password_env: RP, ca_file: ca.pem, sentinel_password_env: SP}
 """,
         source=Path("/etc/gpumesh/mesh.yaml"),
     )
@@ -147,8 +147,8 @@ redis: {url: rediss://localhost:6379/0, username_env: RU, password_env: RP, ca_f
     assert a.expect.hostname == "12e5"
     assert (a.expect.gpus, a.expect.vram_mib, a.expect.driver, a.expect.models) == (0, 24564, "550", ("m",))
     assert (a.weight, dict(a.labels), a.enabled) == (0.5, {"where": "on"}, False)
-    assert mesh.redis == RedisSpec("rediss://localhost:6379/0", "RP", "/etc/gpumesh/ca.pem", "RU", "SP")
-    assert {"RU", "RP", "SP"} <= mesh.secret_variables
+    assert mesh.redis == RedisSpec("rediss://gateway@localhost:6379/0", "RP", "/etc/gpumesh/ca.pem", "SP")
+    assert {"RP", "SP"} <= mesh.secret_variables
 
 
 DEFAULTS = """
