@@ -60,7 +60,7 @@ def _check_server(url: str) -> None:
     if parts.fragment:
         raise ValueError("it has a fragment")
     if parts.scheme == "unix":
-        if parts.netloc or not parts.path.strip("/"):
+        if parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
             raise ValueError("a socket has a path and no host")
         return
     if not re.fullmatch(_HOST, parts.netloc.rpartition("@")[2].removesuffix(f":{port}")) or port == 0:

@@ -131,9 +131,8 @@ class RedisConnection:
         raise error
 
 
-@contextlib.asynccontextmanager
-async def _connect(address: RedisAddress, password: str | None) -> AsyncIterator[AbstractConnection]:
-    """A connection of redis-py that has authenticated, and never tries anything again."""
+async def open_connection(address: RedisAddress, password: str | None) -> AbstractConnection:
+    """A connection of redis-py that has authenticated, and never tries anything again. Raises what redis-py raises."""
     options: dict[str, Any] = {
         **address.options,
         "password": password,
@@ -146,6 +145,17 @@ async def _connect(address: RedisAddress, password: str | None) -> AsyncIterator
     connection: AbstractConnection = address.connection_class(**options)
     try:
         await connection.connect()  # type: ignore[no-untyped-call]  # untyped in redis-py
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
+    return connection
+
+
+@contextlib.asynccontextmanager
+async def _connect(address: RedisAddress, password: str | None) -> AsyncIterator[AbstractConnection]:
+    """As ``open_connection``, and closes the connection at the end."""
+    connection = await open_connection(address, password)
+    try:
         yield connection
     finally:
         await connection.disconnect(nowait=True)

@@ -42,6 +42,7 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
         for url in (
             "unix:///run/redis.sock",
             "unix:///run/redis.sock?db=1",
+            "unix://gateway@/run/redis.sock",
             "rediss://gateway@redis.example.com",
             "redis://[::1]:6379/",
             "redis+sentinel://one:26379,two,[::1]:26379/mesh/2",

@@ -24,6 +24,7 @@ from gpumesh import __version__
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.views.logs.selection import LogLevel, LogSelection
 from gpumesh.errors import ConfigError, GPUMeshError
+from gpumesh.text.printable import printable
 
 DISTRIBUTION = "gpumesh-cli"
 SSH_TIMEOUT_S = 5.0  # for ``ssh -V``, which takes some milliseconds
@@ -44,6 +45,7 @@ def make_report(options: GlobalOptions) -> dict[str, Any]:
         "paths": _list_paths,
         "configuration": _check_configuration,  # before what could show a secret: it learns the names of the variables
         "mesh": _look_for_mesh,
+        "redis": _ask_redis,
         "limits": _list_limits,
         "log": _read_log,
     }
@@ -53,6 +55,8 @@ def make_report(options: GlobalOptions) -> dict[str, Any]:
             report[name] = make_section(options)
         except (GPUMeshError, OSError) as error:  # for example a folder that cannot be made
             report[name] = {"error": str(error)}
+        if not report[name]:
+            del report[name]  # a section that this mesh does not need
     masked_report: dict[str, Any] = _mask(report)
     return masked_report
 
@@ -206,6 +210,39 @@ def _look_for_mesh(options: GlobalOptions) -> Section:
                 with other_watch:
                     others += [f"pid {other_watch.pid} in {folder}"] if other_watch.held else []
     return {**section, "other_meshes": others}
+
+
+def _ask_redis(options: GlobalOptions) -> Section:
+    """Whether gateways can share the mesh over the Redis of mesh.yaml; empty if it names none."""
+    import asyncio
+
+    from gpumesh.config.extras import need_extra
+
+    try:
+        topology = options.topology()
+    except GPUMeshError:  # the section "configuration" tells why
+        return {}
+    if topology.redis is None:
+        return {}
+    url = {"url": topology.redis.url}
+    with need_extra("redis", "`redis:` in mesh.yaml"):
+        from redis.exceptions import RedisError
+
+        from gpumesh.coordination.redis_check import check_redis
+    try:
+        answer = asyncio.run(check_redis(topology.redis, topology.name))
+    except TimeoutError:
+        return {**url, "error": "no answer in time"}
+    # A server that is no Redis makes redis-py raise more than it documents.
+    except (RedisError, OSError, GPUMeshError, ValueError, TypeError, IndexError, RecursionError) as error:
+        return {**url, "error": printable(str(error)) or type(error).__name__}
+    return {
+        **url,
+        "server": answer.server,
+        "answers_in": f"{answer.answer_ms:g} ms",
+        "gateways": answer.gateways,
+        "problems": list(answer.problems),
+    }
 
 
 def _list_limits(_options: GlobalOptions) -> Section:

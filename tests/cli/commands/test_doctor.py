@@ -63,3 +63,15 @@ def test_a_broken_configuration_and_none(config: Path) -> None:
     assert "does not exist" in ended.out
     assert "names and addresses" in ended.err
     assert invoke("doctor", "--quiet").err == ""
+
+
+def test_a_redis_that_does_not_answer(config: Path) -> None:
+    mesh = json.loads(config.read_text())
+    assert "redis" not in json.loads(invoke("doctor", "--json").out)
+    redis = {"url": "redis://me@127.0.0.1:1/0", "password_env": "DB_PASSWORD"}
+    config.write_text(json.dumps({**mesh, "name": "home", "redis": redis}))
+    ended = invoke("doctor", "--json")
+    section = json.loads(ended.out)["redis"]
+    assert section["url"] == redis["url"]
+    assert "127.0.0.1:1" in section["error"]
+    assert SECRETS["DB_PASSWORD"] not in ended.out
