@@ -24,7 +24,6 @@ import msgspec
 from gpumesh.balancer.limits import NodeSlots
 from gpumesh.balancer.rates import ServiceRates
 from gpumesh.files import atomic_file
-from gpumesh.text.addresses import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +81,11 @@ def build_host_key(coordination_key: str, *, url: str, kind: str) -> str:
     return f"{kind} {url} {coordination_key}"
 
 
-def build_shared_key(host_key: str, machine: str) -> str:
+def build_shared_key(host_key: str) -> str:
     """The key of a server for all gateways, from its ``host_key``: they may reach the server at other addresses of its
-    host, so of the address only the port remains, or the path of a socket. If its GPUs are not known and its host is
-    this machine, the name ``machine`` tells it apart from the servers of other machines."""
+    host, so of the address only the port remains."""
     kind, url, coordination_key = host_key.split(" ", 2)
-    port = urlsplit(url).port
-    is_here = coordination_key == url and is_loopback(urlsplit(url).hostname or "localhost")
-    return f"{kind} {url if port is None else port} {machine if is_here else coordination_key}"
+    return f"{kind} {urlsplit(url).port} {coordination_key}"
 
 
 def restore_figures(

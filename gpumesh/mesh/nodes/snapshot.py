@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from socket import gethostname
 
 from gpumesh.balancer.base import Candidate
 from gpumesh.balancer.outliers import Slowness
@@ -36,6 +37,7 @@ from gpumesh.state import (
     TunnelPhase,
     TunnelState,
 )
+from gpumesh.text.addresses import is_loopback
 from gpumesh.text.model_names import full_name
 from gpumesh.topology import NodeSpec, SshSpec
 
@@ -304,9 +306,10 @@ def coordination_key(spec: NodeSpec, reports: NodeReports) -> str:
         # other gateways refuse to read it.
         return f"gpus:{sha256(uuids.encode()).hexdigest()}"
     target = reports.target or spec.backend.targets[0]
-    if spec.ssh is None:
-        return target.url
-    return f"{_name_host(spec.ssh)}/{target.url}"
+    if spec.ssh is not None:
+        return f"{_name_host(spec.ssh)}/{target.url}"
+    # Each machine has its own server at a loopback address.
+    return f"{gethostname()}/{target.url}" if is_loopback(target.host) else target.url
 
 
 def _name_host(ssh: SshSpec) -> str:

@@ -112,7 +112,7 @@ class FleetSharing:
             node = shared.node
             if node.host_key != shared.host_key and node.host_key is not None:
                 shared.host_key, has_new_server = node.host_key, True
-                shared.server = hash_server(self._mesh_name, build_shared_key(node.host_key, gethostname()))
+                shared.server = hash_server(self._mesh_name, build_shared_key(node.host_key))
             was_well, shared.is_well = shared.is_well, node.reachable and node.ledger.breaker.open_until is None
             if was_well is not None and was_well != shared.is_well and shared.server is not None:
                 self.exchange.tell_server_change(shared.server, is_up=shared.is_well)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from socket import gethostname
 
 import pytest
 
@@ -132,7 +133,7 @@ async def test_a_slow_node_is_shown_with_its_figures(desk: SnapshotDesk) -> None
 async def test_other_gateways_are_asked_for_by_the_nodes_key(desk: SnapshotDesk) -> None:
     desk.set_up()
     assert desk.builder.other_gateways_in_flight == 5
-    assert desk.others.keys == [TARGET.url]
+    assert desk.others.keys == [f"{gethostname()}/{TARGET.url}"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,10 @@ def test_the_coordination_key_names_the_gpus_in_any_order() -> None:
 
 
 def test_the_coordination_key_of_a_host_without_gpus_is_its_address() -> None:
-    assert coordination_key(SPEC, NodeReports()) == "http://127.0.0.1:11434"
+    here = coordination_key(SPEC, NodeReports())
+    assert here == f"{gethostname()}/http://127.0.0.1:11434", "each machine has its own server there"
+    there = replace(SPEC, backend=replace(SPEC.backend, targets=(Target("10.0.0.5", 11434),)))
+    assert coordination_key(there, NodeReports()) == "http://10.0.0.5:11434"
     over_ssh = replace(SPEC, ssh=SshSpec(host="example.org", port=2222))
     assert coordination_key(over_ssh, NodeReports(gpus=GpuReport())) == "example.org:2222/http://127.0.0.1:11434"
 
@@ -211,6 +215,6 @@ def test_hosts_without_gpus_are_told_apart() -> None:
 
 
 async def test_the_coordination_key_follows_the_reports(desk: SnapshotDesk) -> None:
-    assert desk.builder.coordination_key == TARGET.url
+    assert desk.builder.coordination_key == f"{gethostname()}/{TARGET.url}"
     desk.set_up(replace(PROBED, gpus=gpus("GPU-1")))
     assert desk.builder.coordination_key == "GPU-1"

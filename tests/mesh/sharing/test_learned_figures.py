@@ -126,15 +126,9 @@ def test_what_is_told_is_what_another_gateway_takes() -> None:
 
 
 def test_the_address_of_a_server_does_not_matter_if_its_gpus_are_known() -> None:
-    def key(address: str, gpus: str, machine: str = "laptop") -> str:
-        return build_shared_key(build_host_key(gpus, url=address, kind="ollama"), machine)
+    def key(address: str, gpus: str) -> str:
+        return build_shared_key(build_host_key(gpus, url=address, kind="ollama"))
 
-    assert key("http://127.0.0.1:11434", "GPU-1") == key("http://10.0.0.5:11434", "GPU-1", "backend")
+    assert key("http://127.0.0.1:11434", "GPU-1") == key("http://10.0.0.5:11434", "GPU-1")
     assert key("http://127.0.0.1:11434", "GPU-1") != key("http://127.0.0.1:11435", "GPU-1")
-    assert key("http://127.0.0.1:1", "h:22/http://127.0.0.1:1") == key(
-        "http://127.0.0.1:1", "h:22/http://127.0.0.1:1", "b"
-    )
-    here = "http://127.0.0.1:11434"
-    assert key(here, here) != key(here, here, "backend"), "each machine has its own server at this address"
-    there = "http://10.0.0.5:11434"
-    assert key(there, there) == key(there, there, "backend")
+    assert key("http://[::1]:1", "GPU-1") != key("http://[::1]:1", "GPU-2")
