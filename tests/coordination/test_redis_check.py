@@ -49,6 +49,23 @@ async def test_what_is_not_allowed_or_not_kept_is_said(tmp_path: Path, monkeypat
         assert "it refuses what sharing needs: " in report.problems[0]
 
 
+async def test_the_user_of_the_documentation_may_do_all_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "several-gateways.md").read_text()
+    [line] = [line for line in page.splitlines() if line.startswith("ACL SETUSER")]
+    monkeypatch.setenv("WORD", "PASSWORD")
+    async with redis_server(tmp_path, "--appendonly", "yes") as server:
+        server.client().execute_command(*line.split())
+        spec = RedisSpec(server.url.replace("unix://", "unix://gateway@"), "WORD")
+        report = await check_redis(spec, "home")
+        assert report.problems == ()
+        assert report.server != "Redis of an unknown version"
+        assert (await check_redis(spec, "garage")).problems != (), "another mesh"
+        async with gateway(spec.url, password=lambda: "PASSWORD", mesh="home") as one:
+            assert one.is_joined
+
+
 @pytest.mark.parametrize(
     ("facts", "answer_ms", "expected"),
     [
