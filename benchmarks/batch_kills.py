@@ -1,0 +1,136 @@
+"""A batch on meshes that are killed (kill -9) again and again: each request must get exactly one result.
+
+    python benchmarks/batch_kills.py [--requests 10000] [--kill-every 20] [--meshes 1] [--redis URL] [--json] [--check]
+
+`gpumesh up` runs in processes of their own over simulated servers. Without ``--redis`` the batch is in a SQLite file,
+on which one mesh works. With it, the batch is in that Redis, and ``--meshes`` work on it; they are killed in turn. A
+killed mesh is started again at once. The stand-in's text depends on the prompt alone, so that each result is compared
+with the text that its prompt must get. The report says how many answers the servers gave, which is more than there are
+requests: what was under way at a kill is asked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from gpumesh.batches.opening import create_batch_store  # noqa: E402
+from gpumesh.batches.values import BatchStatus  # noqa: E402
+from gpumesh.config import load  # noqa: E402
+from gpumesh.lab.ollama import SimOllama  # noqa: E402
+from tests.batches.killed_mesh import (  # noqa: E402
+    ANSWER_TOKENS,
+    MeshProcess,
+    check_results,
+    submit_prompts,
+    wait_for_results,
+    write_mesh_yaml,
+)
+from tests.mesh.meshes import MODEL, host  # noqa: E402
+
+SERVERS = 2
+SLOTS = 4
+
+
+@dataclass(frozen=True)
+class Report:
+    requests: int
+    status: str
+    seconds: float
+    kills: int
+    results: int
+    right: int
+    lines_with_several: int
+    failed: int
+    answers_of_servers: int
+
+    @property
+    def is_right(self) -> bool:
+        return self.results == self.right == self.requests and not self.lines_with_several and self.kills > 0
+
+
+async def measure(requests: int, kill_every_s: float, meshes: int, redis: str | None, rate: float) -> Report:
+    """Runs one batch to its end. ``rate``: about how many requests a second the servers can answer."""
+    tokens_per_s = rate / (SERVERS * SLOTS) * sum(ANSWER_TOKENS) / 2
+    more: dict[str, Any] = {} if redis is None else {"redis": {"url": redis}}
+    profile = host("n", slots=SLOTS, answer_tokens=ANSWER_TOKENS, tokens_per_s=tokens_per_s)
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gm-kills-")))
+        servers = [await stack.enter_async_context(SimOllama(profile)) for _ in range(SERVERS)]
+        running = []
+        for number in range(meshes):
+            (own := folder / f"mesh{number}").mkdir()
+            write_mesh_yaml(
+                own / "mesh.yaml", [server.url for server in servers], slots=SLOTS, listen="127.0.0.1:0", more=more
+            )
+            running.append(MeshProcess(own, own / "mesh.yaml", "--no-gateway"))
+            stack.push_async_callback(running[-1].end)
+        topology = load(running[0].config)
+        store = await stack.enter_async_context(create_batch_store(topology, running[0].batches))
+        began = time.monotonic()
+        batch = await submit_prompts(store, requests, MODEL)
+        await asyncio.gather(*(mesh.start() for mesh in running))
+        kills = 0
+        for mesh in itertools.cycle(running):
+            try:
+                batch = await wait_for_results(store, batch, requests + 1, limit_s=kill_every_s)
+            except TimeoutError:
+                await mesh.end()
+                kills += 1
+                await mesh.start()
+                counts = (await store.get_batch(batch.id)).counts
+                print(f"killed: {counts.completed} of {requests}", file=sys.stderr, flush=True)
+                continue
+            break
+        seconds = time.monotonic() - began
+        checked = await check_results(store, batch, MODEL)
+        return Report(
+            requests,
+            batch.status.value,
+            round(seconds, 1),
+            kills,
+            checked.results,
+            checked.right,
+            checked.lines_with_several,
+            checked.failed,
+            sum(server.counters.finished for server in servers),
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--kill-every", type=float, default=20.0, metavar="S")
+    parser.add_argument("--rate", type=float, default=100.0, metavar="N", help="requests/s of all servers together")
+    parser.add_argument("--meshes", type=int, default=1)
+    parser.add_argument("--redis", metavar="URL")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true", help="exit code 1 unless each request has one right result")
+    arguments = parser.parse_args()
+    if arguments.meshes > 1 and arguments.redis is None:
+        parser.error("only one mesh works on a SQLite file: --meshes needs --redis")
+    report = asyncio.run(
+        measure(arguments.requests, arguments.kill_every, arguments.meshes, arguments.redis, arguments.rate)
+    )
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+    else:
+        for name, value in asdict(report).items():
+            print(f"{name.replace('_', ' '):>20} {value}")
+    return int(arguments.check and not (report.is_right and report.status == BatchStatus.COMPLETED))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
