@@ -65,10 +65,14 @@ async def measure(requests: int, kill_every_s: float, meshes: int, redis: str | 
     """Runs one batch to its end. ``rate``: about how many requests a second the servers can answer."""
     tokens_per_s = rate / (SERVERS * SLOTS) * sum(ANSWER_TOKENS) / 2
     more: dict[str, Any] = {} if redis is None else {"redis": {"url": redis}}
-    profile = host("n", slots=SLOTS, answer_tokens=ANSWER_TOKENS, tokens_per_s=tokens_per_s)
+    # Two servers with the same list of models to the nanosecond would count as one machine.
+    profiles = [
+        host(f"n{number}", slots=SLOTS, answer_tokens=ANSWER_TOKENS, tokens_per_s=tokens_per_s)
+        for number in range(SERVERS)
+    ]
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gm-kills-")))
-        servers = [await stack.enter_async_context(SimOllama(profile)) for _ in range(SERVERS)]
+        servers = [await stack.enter_async_context(SimOllama(profile)) for profile in profiles]
         running = []
         for number in range(meshes):
             (own := folder / f"mesh{number}").mkdir()
