@@ -23,7 +23,7 @@ from gpumesh.errors import BatchConflict, BatchNotFound
 
 # The status of a batch whose rows are being deleted. Nobody sees such a batch.
 DELETED_STATUS = "deleted"
-ROWS_AT_A_TIME = 500  # rows of one batch that are changed in one transaction
+ROWS_AT_A_TIME = 200  # rows of one batch that are changed in one transaction
 
 _COLUMNS = (
     "number, id, endpoint, file_id, name, window_s, owner, metadata, status, created_at, expires_at, in_progress_at,"

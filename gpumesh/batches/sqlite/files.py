@@ -12,7 +12,7 @@ from gpumesh.batches.values import BatchStatus, StoredFile
 from gpumesh.errors import BatchConflict, BatchNotFound
 
 CHUNK_BYTES = 64 << 10  # of one row; the last chunk of a file is shorter
-DELETED_CHUNKS = 32  # chunks that are deleted in one transaction
+DELETED_CHUNKS = 8  # chunks that are deleted in one transaction
 
 _COLUMNS = "id, name, size, created_at, purpose, owner"
 

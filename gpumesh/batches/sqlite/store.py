@@ -34,7 +34,7 @@ from gpumesh.batches.values import (
 from gpumesh.errors import BatchStoreError
 
 CHANGE_POLL_S = 0.25  # between two looks whether another process has changed the file; one takes some microseconds
-CHUNKS_AT_A_TIME = 8  # chunks of a new file that are written in one transaction
+CHUNKS_AT_A_TIME = 2  # chunks of a new file that are written in one transaction: about 1 ms
 REMOVAL_INTERVAL_S = 60.0  # between two looks for what is to be removed
 MAX_WRITING_S = 24 * 3600.0  # a file that is not whole after this time never will be
 _ID_BYTES = 12
