@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +25,11 @@ class RedisServer:
     appendonly: bool = False
     options: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+    socket_name: str = "redis.sock"
 
     @property
     def socket(self) -> Path:
-        return self.folder / "redis.sock"
+        return self.folder / self.socket_name
 
     @property
     def url(self) -> str:
@@ -39,7 +42,11 @@ class RedisServer:
         appendonly = "yes" if self.appendonly else "no"
         command = [binary, "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", appendonly]
         self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.DEVNULL, cwd=self.folder)
-        await wait_until(self.socket.exists, "redis listens")
+        await wait_until(self._listens, "redis listens")
+
+    def _listens(self) -> bool:
+        with closing(socket.socket(socket.AF_UNIX)) as client:
+            return client.connect_ex(str(self.socket)) == 0
 
     def kill(self) -> None:
         """Ends the server as ``kill -9`` does."""
@@ -63,3 +70,13 @@ async def run_redis(
         yield server
     finally:
         server.kill()
+
+
+async def redis_cli(server: RedisServer, *arguments: str) -> str:
+    """What redis-cli prints for a command: another client than that of the code under test."""
+    binary = program("redis-cli")
+    assert binary is not None
+    command = (binary, "-s", str(server.socket), *arguments)
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    return output.decode().removesuffix("\n")

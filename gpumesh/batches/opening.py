@@ -24,5 +24,8 @@ def create_batch_store(topology: Topology, path: Path) -> BatchStore:
 
     variable = spec.password_env
     return RedisBatchStore(
-        spec.url, topology.name, password=lambda: None if variable is None else config.read_secret(variable)
+        spec.url,
+        topology.name,
+        password=lambda: None if variable is None else config.read_secret(variable),
+        ca_file=spec.ca_file,
     )

@@ -6,7 +6,7 @@ Whatever Redis answers is hostile until it was read here: an answer of another f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -139,6 +139,17 @@ def read_results(answer: list[Any]) -> list[RecordedResult]:
         RecordedResult(position=position.decode(), line=int(line), content=content, failed=failed == 1)
         for position, line, content, failed in answer
     ]
+
+
+@_checked
+def read_number(answer: Any) -> int:
+    return int(answer)
+
+
+@_checked
+def read_unwanted(claims: Sequence[Claim], answer: list[int]) -> set[tuple[str, int]]:
+    """The keys of those claims for which the answer of ``renew`` has a 0."""
+    return {claim.key for claim, is_wanted in zip(claims, answer, strict=True) if not is_wanted}
 
 
 def write_error(error: LineError) -> str:

@@ -32,7 +32,7 @@ class RedisFiles:
                 await self._script.call("put_piece", file_id, size, piece)
                 size += len(piece)
             fields = ("name", name, "size", size, "purpose", purpose, "owner", owner)
-            (answer,) = await self._script.call("finish_upload", file_id, self._kept_s, *fields)
+            answer = await self._script.ask("finish_upload", file_id, self._kept_s, *fields)
         except BaseException:
             await self._drop_upload(file_id)
             raise
@@ -45,21 +45,21 @@ class RedisFiles:
             await self._script.call("drop_upload", file_id)
 
     async def get_file(self, file_id: str) -> StoredFile:
-        (answer,) = await self._script.call("get_file", file_id)
+        answer = await self._script.ask("get_file", file_id)
         return read_stored_file(file_id, answer)
 
     async def list_files(
         self, *, owner: str | None = None, after: str | None = None, limit: int = 100
     ) -> list[StoredFile]:
         every_owner = "1" if owner is None else "0"
-        (answer,) = await self._script.call("list_files", owner or "", every_owner, after or "", limit)
+        answer = await self._script.ask("list_files", owner or "", every_owner, after or "", limit)
         return read_files(answer)
 
     async def read_file(self, file_id: str, offset: int = 0, size: int | None = None) -> AsyncIterator[bytes]:
         file_size = (await self.get_file(file_id)).size
         end = file_size if size is None else min(file_size, offset + size)
         while offset < end:
-            (piece,) = await self._script.call("read_piece", file_id, offset, min(PIECE_BYTES, end - offset))
+            piece = await self._script.ask("read_piece", file_id, offset, min(PIECE_BYTES, end - offset))
             if not piece:
                 raise BatchStoreError(f"Redis does not have all of the file {file_id} any more")
             yield piece

@@ -7,26 +7,23 @@ whose answer was lost is repeated.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
 
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
 from gpumesh.batches.redis.answers import Argument, encode
+from gpumesh.batches.redis.connections import Connections
+from gpumesh.coordination.redis_urls import read_address
 from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError, GPUMeshError
 from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.text.printable import printable
 
 LUA_FILES = ("common.lua", "files.lua", "batches.lua", "work.lua")  # in this order: each uses what those before define
-CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
 MAX_CALLS = 4  # at the same time
 KEY_VERSION = 1
@@ -35,24 +32,20 @@ KEY_VERSION = 1
 class RedisScript:
     """The functions, for the batches of one mesh in the Redis at ``url``, which holds no password.
 
-    ``password`` is called at each connect, and its result is not stored. Connects when it is used first.
+    ``password`` is called at each connect, and its result is not stored; ``ca_file`` has the certificates that may sign
+    the server's. Connects when it is used first. Raises ConfigError if ``url`` is no URL of Redis.
     """
 
-    def __init__(self, url: str, mesh: str, *, password: Callable[[], str | None]) -> None:
+    def __init__(self, url: str, mesh: str, *, password: Callable[[], str | None], ca_file: str | None = None) -> None:
         self.prefix = f"gpumesh:{KEY_VERSION}:{{{mesh}}}:batches"
         self.description = describe_url(url)
-        self._url = url
-        self._password = password
-        self._client: redis.Redis | None = None
-        self._text = "\n".join((resources.files(__package__) / "lua" / name).read_text() for name in LUA_FILES)
+        self._connections = Connections(read_address(url, ca_file=ca_file), password)
+        self._text = "\n".join((resources.files(__package__) / "lua" / name).read_text("utf-8") for name in LUA_FILES)
         self._digest = hashlib.sha1(self._text.encode(), usedforsecurity=False).hexdigest()  # as Redis names a script
         self._room = asyncio.Semaphore(MAX_CALLS)
 
     async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            with contextlib.suppress(RedisError, OSError):
-                await client.aclose()
+        await self._connections.close()
 
     async def call(self, function: str, *arguments: Argument) -> list[Any]:
         """Returns the members of the function's answer after the ``ok``: integers, bytes, and lists of them.
@@ -70,20 +63,30 @@ class RedisScript:
                 raise BatchNotFound(printable(message))
             case [b"conflict", bytes(message)]:
                 raise BatchConflict(printable(message))
-        raise BatchStoreError(f"{self.description} does not answer as Redis does")
+        raise self.wrong_answer()
+
+    async def ask(self, function: str, *arguments: Argument) -> Any:
+        """As ``call``, for a function whose answer has one member: returns that."""
+        members = await self.call(function, *arguments)
+        if len(members) != 1:
+            raise self.wrong_answer()
+        return members[0]
 
     async def wait_for_entry(self, stream: str, after: str, timeout_s: float) -> str:
         """Returns the id of the newest entry of a stream when there is one after the id ``after``; ``after`` itself
         when there is none within ``timeout_s``. Raises BatchStoreError."""
-        milliseconds = max(1, int(timeout_s * 1000))
-        client = self._make_client(answer_timeout_s=timeout_s + ANSWER_TIMEOUT_S)
+        key = f"{self.prefix}:{stream}"
+        block = ("BLOCK", max(1, int(timeout_s * 1000)))
         try:
-            async with contextlib.aclosing(client):
-                key = f"{self.prefix}:{stream}"
-                if not await client.xread({key: after}, count=1, block=milliseconds):
-                    return after
-                return _first_id(await client.xrevrange(key, count=1)) or after
+            reply = await self._connections.ask(
+                "XREAD", "COUNT", 1, *block, "STREAMS", key, after, timeout_s=timeout_s + ANSWER_TIMEOUT_S
+            )
+            if not reply:
+                return after
+            newest = await self._connections.ask("XREVRANGE", key, "+", "-", "COUNT", 1, timeout_s=ANSWER_TIMEOUT_S)
+            return _first_id(newest) or after
         except Exception as error:
+            await self._connections.close()
             raise self._store_error(error) from error
 
     async def _repeat_if_lost(self, function: str, arguments: tuple[bytes, ...]) -> Any:
@@ -92,34 +95,35 @@ class RedisScript:
         try:
             try:
                 return await self._evaluate(function, arguments)
-            except RedisConnectionError:
+            except (RedisConnectionError, OSError) as error:
                 raise_if_cancelled()
+                if isinstance(error, TimeoutError):
+                    raise
+                await self._connections.close()
                 return await self._evaluate(function, arguments)
         # redis-py raises more than it documents when a server answers in another protocol (coordination/).
         except Exception as error:
+            await self._connections.close()
             raise self._store_error(error) from error
 
     async def _evaluate(self, function: str, arguments: tuple[bytes, ...]) -> Any:
-        if self._client is None:
-            self._client = self._make_client(answer_timeout_s=ANSWER_TIMEOUT_S)
+        keys = (1, self.prefix)
         try:
-            return await self._client.evalsha(self._digest, 1, self.prefix, function, *arguments)
+            return await self._ask("EVALSHA", self._digest, *keys, function, *arguments)
         except NoScriptError:  # Redis is new, or was restarted
-            return await self._client.eval(self._text, 1, self.prefix, function, *arguments)
+            return await self._ask("EVAL", self._text, *keys, function, *arguments)
 
-    def _make_client(self, *, answer_timeout_s: float) -> redis.Redis:
-        return redis.Redis.from_url(
-            self._url,
-            password=self._password(),
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=answer_timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            client_name="gpumesh-batches",
-        )
+    async def _ask(self, *command: str | bytes | int) -> Any:
+        return await self._connections.ask(*command, timeout_s=ANSWER_TIMEOUT_S)
+
+    def wrong_answer(self) -> BatchStoreError:
+        return BatchStoreError(f"{self.description} does not answer as Redis does")
 
     def _store_error(self, error: Exception) -> BatchStoreError:
         """The error that says why Redis cannot be used. redis-py's messages name host and port, never the password."""
-        if isinstance(error, (RedisError, OSError, GPUMeshError)):
+        if isinstance(error, TimeoutError):
+            reason = "it does not answer in time"
+        elif isinstance(error, (RedisError, OSError, GPUMeshError)):
             reason = printable(str(error), 300) or type(error).__name__
         else:
             reason = f"it does not answer as Redis does ({type(error).__name__})"
@@ -132,7 +136,7 @@ class RedisScript:
 def _first_id(entries: Any) -> str | None:
     """The id of the first entry of an answer of XREVRANGE."""
     match entries:
-        case [(bytes(entry_id), _), *_]:
+        case [[bytes(entry_id), _], *_]:
             return entry_id.decode(errors="replace")
     return None
 

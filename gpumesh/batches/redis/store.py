@@ -43,8 +43,16 @@ class RedisBatchStore(RedisFiles):
     The arguments are as those of ``RedisScript``; ``kept_s`` is that of ``values.KEPT_S``.
     """
 
-    def __init__(self, url: str, mesh: str, *, password: Callable[[], str | None], kept_s: float = KEPT_S) -> None:
-        super().__init__(RedisScript(url, mesh, password=password), kept_s=kept_s)
+    def __init__(
+        self,
+        url: str,
+        mesh: str,
+        *,
+        password: Callable[[], str | None],
+        ca_file: str | None = None,
+        kept_s: float = KEPT_S,
+    ) -> None:
+        super().__init__(RedisScript(url, mesh, password=password, ca_file=ca_file), kept_s=kept_s)
         self._newest_change = "0-0"  # the entry of the stream ``changes`` up to which ``wait_for_change`` has waited
 
     def __repr__(self) -> str:
@@ -87,7 +95,7 @@ class RedisBatchStore(RedisFiles):
             return []
         every_owner = "1" if owner is None else "0"
         wanted = [str(status) for status in statuses or ()]
-        (answer,) = await self._script.call("list_batches", owner or "", every_owner, after or "", limit, *wanted)
+        answer = await self._script.ask("list_batches", owner or "", every_owner, after or "", limit, *wanted)
         return answers.read_batches(answer)
 
     async def cancel(self, batch_id: str) -> Batch:
@@ -100,8 +108,8 @@ class RedisBatchStore(RedisFiles):
         await self._script.call("delete_batch", batch_id)
 
     async def count_recent_results(self, batch_id: str, seconds: float) -> int:
-        (count,) = await self._script.call("count_recent_results", batch_id, min(seconds, 600.0))
-        return int(count)
+        count = await self._script.ask("count_recent_results", batch_id, min(seconds, 600.0))
+        return answers.read_number(count)
 
     async def _call_for_batch(self, function: str, batch_id: str, *arguments: Argument) -> Batch:
         """Calls a function that answers with a batch, again as long as it answers that there is more to do."""
@@ -111,6 +119,8 @@ class RedisBatchStore(RedisFiles):
                     await asyncio.sleep(0)
                 case [batch]:
                     return answers.read_batch(batch)
+                case _:
+                    raise self._script.wrong_answer()
 
     # -- the requests of a new batch -----------------------------------------------------------------------------
 
@@ -126,8 +136,8 @@ class RedisBatchStore(RedisFiles):
         bad_lines = [answers.write_error(error) for error in errors]
         members = [answers.write_request(request) for request in requests]
         numbers = (after_line, through_line, MAX_KEPT_ERRORS, len(bad_lines))
-        (was_added,) = await self._script.call("add_requests", batch_id, *numbers, *bad_lines, *members)
-        return bool(was_added == 1)
+        was_added = await self._script.ask("add_requests", batch_id, *numbers, *bad_lines, *members)
+        return answers.read_number(was_added) == 1
 
     async def finish_validation(self, batch_id: str, *, through_line: int) -> Batch:
         return await self._call_for_batch("finish_validation", batch_id, through_line)
@@ -139,14 +149,14 @@ class RedisBatchStore(RedisFiles):
 
     async def claim(self, worker: str, count: int, *, lease_s: float) -> list[Claim]:
         number = secrets.token_hex(4)
-        (answer,) = await self._script.call("claim", worker, number, count, _milliseconds(lease_s), MAX_ANSWER_BYTES)
+        answer = await self._script.ask("claim", worker, number, count, _milliseconds(lease_s), MAX_ANSWER_BYTES)
         return answers.read_claims(answer)
 
     async def renew(self, worker: str, claims: Collection[Claim], *, lease_s: float) -> set[tuple[str, int]]:
         claims = list(claims)
         arguments = [argument for claim in claims for argument in (claim.batch_id, claim.token)]
-        (wanted,) = await self._script.call("renew", worker, _milliseconds(lease_s), *arguments)
-        return {claim.key for claim, is_wanted in zip(claims, wanted, strict=True) if not is_wanted}
+        wanted = await self._script.ask("renew", worker, _milliseconds(lease_s), *arguments)
+        return answers.read_unwanted(claims, wanted)
 
     async def release(self, worker: str, releases: Sequence[Release]) -> None:
         arguments: list[Argument] = []
@@ -165,8 +175,8 @@ class RedisBatchStore(RedisFiles):
                 "1" if result.expired else "0",
             )
             arguments += [claim.batch_id, claim.token, claim.line, kind, is_expired, result.content]
-        (new,) = await self._script.call("record", *arguments)
-        return int(new)
+        new = await self._script.ask("record", *arguments)
+        return answers.read_number(new)
 
     async def settle(self) -> None:
         await self._script.call("settle", UPLOAD_SILENT_S)
@@ -184,13 +194,13 @@ class RedisBatchStore(RedisFiles):
         self, batch_id: str, *, after: str = "", limit: int = 100, failed: bool | None = None
     ) -> list[RecordedResult]:
         kinds = {None: ("output", "failed"), False: ("output",), True: ("failed",)}[failed]
-        (answer,) = await self._script.call("read_results", batch_id, after or "0-0", limit, MAX_ANSWER_BYTES, *kinds)
+        answer = await self._script.ask("read_results", batch_id, after or "0-0", limit, MAX_ANSWER_BYTES, *kinds)
         return answers.read_results(answer)
 
     async def read_results_by_line(
         self, batch_id: str, *, after_line: int = 0, limit: int = 100
     ) -> list[RecordedResult]:
-        (answer,) = await self._script.call("read_results_by_line", batch_id, after_line, limit, MAX_ANSWER_BYTES)
+        answer = await self._script.ask("read_results_by_line", batch_id, after_line, limit, MAX_ANSWER_BYTES)
         return answers.read_results(answer)
 
 

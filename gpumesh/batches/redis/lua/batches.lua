@@ -98,6 +98,7 @@ end
 -- batch, after_line, through_line, how many errors are kept, how many bad lines, these as JSON, then for each request its
 -- member of `sorting`. These may be more than a call of Lua can have, so they are read out of ARGV.
 function functions.add_requests(id, after_line, through_line, kept_errors, bad_count)
+  require_memory()
   local status = status_of(id)
   if not status then return no_batch(id) end
   if status ~= 'validating' or number_of(id, 'read_lines') ~= tonumber(after_line) then return { 'ok', 0 } end

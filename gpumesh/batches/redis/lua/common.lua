@@ -8,6 +8,7 @@
 --   :file:ID          hash         what is known about a file
 --   :file:ID:N        string       its bytes from N * SEGMENT_BYTES on
 --   :all  :open       sorted set   the ids of all batches, and of those that have not ended, the newest first
+--   :room             string       nothing: see `require_memory`
 --   :worker:NAME      list         the last call of `claim` of a worker, then batch and entry of each of its claims
 --   :changes          stream       an entry for each change to a batch that others may wait for
 --   :batch:ID         hash         a batch
@@ -64,6 +65,12 @@ end
 
 local function expire_at(key, seconds)
   call('PEXPIREAT', key, string.format('%d', seconds * 1000))
+end
+
+-- Fails if Redis has no memory left. Called first, because Redis does not refuse a script that has changed something, and
+-- only by functions that need much: what frees memory works on.
+local function require_memory()
+  call('SETEX', prefix .. ':room', 60, '')
 end
 
 local function no_batch(id)

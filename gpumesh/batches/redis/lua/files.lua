@@ -4,6 +4,7 @@ local UPLOAD_REMOVED = { 'conflict', 'no part of the file came for too long, so 
 
 -- file, offset, bytes: stores a piece of a file that is not whole yet. A piece does not reach over the end of a segment.
 function functions.put_piece(id, offset, bytes)
+  require_memory()
   local segment = math.floor(offset / SEGMENT_BYTES)
   if tonumber(offset) > 0 and not call('ZSCORE', UPLOADS, id) then return UPLOAD_REMOVED end
   call('ZADD', UPLOADS, stamp(now), id)
@@ -34,6 +35,7 @@ function functions.finish_upload(id, kept_s, ...)
     if call('ZREM', UPLOADS, id) == 0 then return UPLOAD_REMOVED end
     call('HSET', file_key(id), 'created_at', stamp(now), ...)
     call('ZADD', FILES, stamp(-now * 1e6), id)
+    call('EXPIRE', FILES, 400 * DAY_S)
     keep_file(id, now + kept_s)
   end
   return { 'ok', call('HGETALL', file_key(id)) }

@@ -59,6 +59,7 @@ end
 function functions.claim(worker, number, count, lease_ms, max_bytes)
   count, lease_ms, max_bytes = tonumber(count), tonumber(lease_ms), tonumber(max_bytes)
   if count <= 0 then return { 'ok', {} } end
+  require_memory() -- else there would be none for the results
   local repeated = repeat_claims(worker, number, lease_ms)
   if repeated then return { 'ok', repeated } end
   local claims, bytes, last = {}, 0, prefix .. ':worker:' .. worker
@@ -147,6 +148,7 @@ end
 
 -- Of each result: batch, token, line, "output" or "failed", "1" if the window has passed, content.
 function functions.record()
+  require_memory()
   local batches, new = {}, 0
   for index = 2, #ARGV, 6 do
     local id = ARGV[index]
