@@ -126,6 +126,8 @@ class BatchWorker:
             claim = partial(self._store.claim, self.name, room, lease_s=self._times.lease_s)
             claims = await self._use_store(claim)
             for request in claims:
+                if request.key in self._under_way:  # its lease has ended, as this process stood still or Redis was away
+                    continue
                 work = self._under_way[request.key] = _Work(request)
                 work.task = group.create_task(self._work_on(request), name="batch request")
                 work.task.add_done_callback(partial(self._note_cancelled, work))
