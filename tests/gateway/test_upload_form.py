@@ -54,6 +54,11 @@ def test_fields_may_come_after_the_file() -> None:
     assert content == b"{}"
 
 
+def test_a_name_may_come_in_the_form_of_rfc_5987() -> None:
+    named = part(b"form-data; name=file; filename*=utf-8''%C3%A4.jsonl") + END
+    assert read(named)[0] == [FileStart("ä.jsonl")]
+
+
 def test_little_of_a_long_file_is_held() -> None:
     parser = UploadParser(b"b")
     parser.feed(part(FILE, b"")[:-2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 
 from gpumesh.backends import safe_json
@@ -32,6 +33,7 @@ DEFAULT_LIMIT = MAX_LIMIT = 10_000  # files of one page, as in OpenAI's API
 MAX_OWNER_BYTES = 8 << 30  # of the files that one key has stored: a client must not fill the disk
 MAX_OWNER_FILES = 10_000
 OUTPUT_PURPOSE = "batch_output"  # of the files of results
+FILES_AT_A_TIME = 1000  # of one call of the store
 _FULL_RETRY_S = 3600.0
 _FILE_PATH = re.compile(rf"/v1/files/({ID_PATTERN})(/content)?")
 
@@ -42,33 +44,38 @@ class FileRoutes:
 
     def __init__(self, store: BatchStore) -> None:
         self._store = store
+        self._arriving: Counter[str] = Counter()  # the bytes of each owner's uploads under way
 
     async def create(self, request: Request) -> Response:
         """Stores the file of a form."""
         owner = find_owner(request)
         async with closing_iterator(request.read_body_pieces()) as pieces:
             upload = Upload(request, pieces)
-            await self._require_room(owner)
-            name = await upload.read_name()
-            async with closing_iterator(upload.read_file()) as chunks:
-                file = await self._store.create_file(name, chunks, owner=owner, purpose=PURPOSE)
+            self._arriving[owner] += upload.most_bytes
+            try:
+                await self._require_room(owner)
+                name = await upload.read_name()
+                async with closing_iterator(upload.read_file()) as chunks:
+                    file = await self._store.create_file(name, chunks, owner=owner, purpose=PURPOSE)
+            finally:
+                self._arriving[owner] -= upload.most_bytes
         return _reply(describe_file(file))
 
     async def _require_room(self, owner: str) -> None:
-        """Raises TooManyRequests if this owner has stored as much as one may."""
+        """Raises TooManyRequests if the files of this owner, with those that are arriving, would be too many."""
         count = size = 0
         after: str | None = None
-        while files := await self._store.list_files(owner=owner, after=after, limit=1000):
+        while files := await self._store.list_files(owner=owner, after=after, limit=FILES_AT_A_TIME):
             count += len(files)
             size += sum(file.size for file in files)
             after = files[-1].id
-            if count >= MAX_OWNER_FILES or size >= MAX_OWNER_BYTES:
-                raise TooManyRequests(
-                    f"{count} files of {size >> 20} MiB are stored for this key: delete those that are not needed"
-                    " any more",
-                    retry_after_s=_FULL_RETRY_S,
-                    may_retry=False,
-                )
+        if count >= MAX_OWNER_FILES or size + self._arriving[owner] > MAX_OWNER_BYTES:
+            raise TooManyRequests(
+                f"{count} files of {size >> 20} MiB are stored for this key, which may store {MAX_OWNER_FILES} files of"
+                f" {MAX_OWNER_BYTES >> 20} MiB: delete those that are not needed any more",
+                retry_after_s=_FULL_RETRY_S,
+                may_retry=False,
+            )
 
     async def list_files(self, request: Request) -> Response:
         """A page of the files; with ``purpose=batch_output`` of the files of results."""

@@ -19,7 +19,7 @@ PURPOSE = "batch"
 class Upload:
     """The form of one request. ``pieces``: its body (``Request.read_body_pieces``). Call ``read_name`` first, and then
     iterate ``read_file``. Both raise BadRequest for what is no form with a file for batches, and the errors of
-    ``pieces``."""
+    ``pieces``. ``most_bytes``: the file is not longer than that, by what the client has announced."""
 
     def __init__(self, request: Request, pieces: AsyncIterator[bytes]) -> None:
         boundary = read_boundary(request.headers)
@@ -30,6 +30,7 @@ class Upload:
         length = (request.headers.get("content-length") or "").lstrip("0")
         if len(length) > MAX_LENGTH_DIGITS or int(length or "0") > MAX_FILE_BYTES + MAX_FORM_BYTES:
             raise body_too_large()
+        self.most_bytes = int(length or MAX_FILE_BYTES)
         self._parser = UploadParser(boundary)
         self._pieces = pieces
         self._events: list[FormEvent] = []  # not handled yet

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from gpumesh.gateway.http.errors import BadRequest
 
@@ -19,8 +20,8 @@ _PARAMETER = re.compile(rb"""[ \t]*;[ \t]*(?:([^\s;,="]{1,70})=("(?:[^"\\\r\n]|\
 
 @dataclass(frozen=True, slots=True)
 class PartHead:
-    """The head of a part. ``is_file``: it names a file. ``file_name``: that name as it came; ``None`` if there is none,
-    or only one in the form ``filename*``. ``is_encoded``: the content is not plain text in UTF-8."""
+    """The head of a part. ``is_file``: it names a file. ``file_name``: that name; ``None`` if there is none.
+    ``is_encoded``: the content is not plain text in UTF-8."""
 
     name: bytes
     is_file: bool
@@ -48,8 +49,9 @@ def read_part_head(head: bytes) -> PartHead:
     if kind.lower() != b"form-data" or not parameters or b"name" not in parameters or b"name*" in parameters:
         raise form_error("the name of a part cannot be read")
     file_name = parameters.get(b"filename")
-    is_file = file_name is not None or b"filename*" in parameters
-    return PartHead(parameters[b"name"], is_file, file_name, is_encoded)
+    if file_name is None and b"filename*" in parameters:  # RFC 5987: utf-8'en'%C3%A4.wav
+        file_name = unquote_to_bytes(parameters[b"filename*"].rpartition(b"'")[2])
+    return PartHead(parameters[b"name"], file_name is not None, file_name, is_encoded)
 
 
 def read_header(value: bytes) -> tuple[bytes, dict[bytes, bytes] | None]:

@@ -184,11 +184,17 @@ async def test_an_upload_that_breaks_off_leaves_nothing(served: Served) -> None:
 
 
 async def test_one_key_cannot_fill_the_store(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_routes, "MAX_OWNER_BYTES", 100)
-    await put(served, b"x" * 100)
-    refused = await put(served, b"{}")
+    for file_id in await list_ids(served):
+        await served[0].client.delete(f"/v1/files/{file_id}", headers=bearer("ann"))
+    monkeypatch.setattr(file_routes, "MAX_OWNER_BYTES", 10_000)
+    replies = await asyncio.gather(*(put(served, b"x" * 4000) for _ in range(5)))
+    stored = [reply for reply in replies if reply.status_code == 200]
+    assert len(stored) == 2, "also those count that arrive at the same time"
+    refused = await put(served, b"x" * 4000)
     assert (refused.status_code, refused.headers["X-Should-Retry"]) == (429, "false")
     assert "delete those that are not needed" in refused.json()["error"]["message"]
+    await served[0].client.delete(f"/v1/files/{stored[0].json()['id']}", headers=bearer("ann"))
+    assert (await put(served, b"x" * 4000)).status_code == 200
 
 
 async def test_other_methods_and_paths_are_refused(served: Served) -> None:
