@@ -39,6 +39,7 @@ one file, of more than 400 lines, so that the tree is seen as a whole.
     │   └── PoolModelMissing    (p)  the head's host does not have the model, or its file cannot be used
     ├── BatchError                   a batch or a file of the batch store
     │   ├── BatchNotFound            exit 2   the store has no batch or file with this id
+    │   ├── BatchOwnerUnknown        this gateway does not have the API key with which it was made
     │   ├── BatchConflict            its status forbids this: cancelled after its end, deleted before it
     │   └── BatchStoreError          the store cannot be used now: disk full, locked, Redis away
     ├── ExecError                    a command could not be run on a host (no session, time-out)
@@ -345,6 +346,10 @@ class BatchNotFound(BatchError):
 
 class BatchConflict(BatchError):
     code = "batch-conflict"
+
+
+class BatchOwnerUnknown(BatchError):
+    code = "batch-owner"
 
 
 class BatchStoreError(BatchError):

@@ -131,10 +131,11 @@ class BatchStore(Protocol):
         """Called once by each worker, before it claims. ``worker`` is a name that no other worker has had. A store with
         one worker at a time frees here what a killed one had claimed."""
 
-    async def claim(self, worker: str, count: int, *, lease_s: float) -> list[Claim]:
+    async def claim(self, worker: str, count: int, *, lease_s: float, without: Collection[str] = ()) -> list[Claim]:
         """Takes up to ``count`` requests: those without a result that nobody has claimed, or whose lease has ended.
         Those of older batches come first, in a batch those of the least ``order``. Requests of batches whose window has
-        passed are given out too, so that the worker records that. A claim ends with ``record`` or ``release``, or
+        passed are given out too, so that the worker records that. Those of the batches ``without`` are left to other
+        workers until their window has passed. A claim ends with ``record`` or ``release``, or
         after ``lease_s`` seconds without ``renew``."""
 
     async def renew(self, worker: str, claims: Collection[Claim], *, lease_s: float) -> set[tuple[str, int]]:
@@ -183,5 +184,6 @@ class Sender(Protocol):
         """Sends the request at priority ``batch`` with the rights and quotas of its owner, and returns the whole
         answer. Cancelling ends the work on the host.
 
-        Raises GPUMeshError if no server has answered, with its true type, because it decides about another try
+        Raises BatchOwnerUnknown if this gateway does not have the owner's key, and another gateway may have it. Raises
+        GPUMeshError if no server has answered, with its true type, because it decides about another try
         (``retries.py``): QueueFull, NoNodeError, DeadlineExceeded, StreamCut, TooManyRequests of the gateway …"""

@@ -24,12 +24,13 @@ from gpumesh.batches.result_lines import make_error_result, make_expired_result,
 from gpumesh.batches.retries import MAX_LOST, TryAgain, judge_error, judge_reply
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import BatchRequest, BatchStatus, Claim, Release, Result
-from gpumesh.errors import BatchError, BatchStoreError, GPUMeshError
+from gpumesh.errors import BatchError, BatchOwnerUnknown, BatchStoreError, GPUMeshError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LEFT_S = 60.0  # so long a batch is left to other gateways; by then mesh.yaml may have its key
 MAX_UNDER_WAY = 512
 RESULTS_AT_A_TIME = 64  # that are recorded together
 SEND_TIMEOUT_S = 3600.0  # of one try, waiting in the queue included
@@ -90,6 +91,7 @@ class BatchWorker:
         self._results: list[Result] = []  # to be recorded
         self._releases: list[Release] = []  # to be released
         self._most_under_way: int | None = None  # while requests fail because nodes are away; ``None``: no limit
+        self._left_until: dict[str, float] = {}  # batches of other gateways, with the loop's time until then
         self._has_room = asyncio.Event()
         self._has_news = asyncio.Event()  # something may be there to be claimed
         self._has_output = asyncio.Event()
@@ -123,7 +125,8 @@ class BatchWorker:
                 await self._has_room.wait()
                 continue
             self._has_news.clear()
-            claim = partial(self._store.claim, self.name, room, lease_s=self._times.lease_s)
+            left = self._list_left_batches()
+            claim = partial(self._store.claim, self.name, room, lease_s=self._times.lease_s, without=left)
             claims = await self._use_store(claim)
             for request in claims:
                 if request.key in self._under_way:  # its lease has ended, as this process stood still or Redis was away
@@ -134,6 +137,17 @@ class BatchWorker:
             if not claims:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._has_news.wait(), self._times.idle_s)
+
+    def _leave_batch(self, batch_id: str, error: BatchOwnerUnknown) -> None:
+        """Leaves the requests of a batch to the workers of other gateways for ``LEFT_S``."""
+        if batch_id not in self._left_until:
+            log.info("the batch %s is left to other gateways: %s", batch_id, error, extra={"event": "batch"})
+        self._left_until[batch_id] = asyncio.get_running_loop().time() + LEFT_S
+
+    def _list_left_batches(self) -> list[str]:
+        now = asyncio.get_running_loop().time()
+        self._left_until = {batch_id: until for batch_id, until in self._left_until.items() if until > now}
+        return list(self._left_until)
 
     def _limits(self) -> tuple[int, int]:
         """How many requests may be under way, and for how many of them there must be room before more are claimed: to
@@ -190,6 +204,9 @@ class BatchWorker:
         )
         try:
             reply = await self._sender.send(request)
+        except BatchOwnerUnknown as error:
+            self._leave_batch(claim.batch_id, error)
+            return Release(claim)
         except GPUMeshError as error:
             again = judge_error(error, claim.tries)
             self._note_nodes(is_away=again is not None and again.is_away)

@@ -14,7 +14,7 @@ from gpumesh.batches.retries import MAX_TRIES
 from gpumesh.batches.sqlite.store import SqliteBatchStore
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchRequest, BatchStatus, NewBatch, Reply
-from gpumesh.errors import BackendError, BatchStoreError, NoNodeError, QueueFull
+from gpumesh.errors import BackendError, BatchOwnerUnknown, BatchStoreError, NoNodeError, QueueFull
 from tests.batches.scripted_sender import OK, ScriptedSender
 from tests.batches.test_sqlite_store import set_page_limit
 
@@ -289,3 +289,19 @@ async def test_reading_goes_on_where_a_killed_process_has_stopped(tmp_path: Path
         batch = await validate_batch(store, batch.id)
         assert (batch.status, batch.counts.total) == (BatchStatus.IN_PROGRESS, 250)
         assert [(error.line, error.code) for error in batch.errors] == [(251, "duplicate_custom_id")]
+
+
+async def test_a_batch_of_a_key_that_another_gateway_has_is_left_to_it(tmp_path: Path) -> None:
+    def answer(request: BatchRequest) -> Reply | BatchOwnerUnknown:
+        return BatchOwnerUnknown("no such key") if request.batch_id == foreign.id else OK
+
+    async with open_store(tmp_path) as store:
+        foreign, own = await submit(store, prompts(50)), await submit(store, prompts(3))
+        sender = ScriptedSender(answer)
+        async with working(make_worker(store, sender)):
+            await wait_for(store, own, lambda batch: batch.status is BatchStatus.COMPLETED)
+        foreign = await store.get_batch(foreign.id)
+        assert (foreign.status, foreign.counts.unfinished) == (BatchStatus.IN_PROGRESS, 50)
+        assert len(sender.sent) < 20, "it is not tried again and again"
+        claims = await store.claim("other", 50, lease_s=60.0)
+        assert {claim.tries for claim in claims} == {0}

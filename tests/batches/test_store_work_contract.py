@@ -48,6 +48,15 @@ async def test_requests_are_claimed_by_batch_then_order_then_line(store: BatchSt
     assert await store.claim("w", 9, lease_s=LONG_S) == []
 
 
+async def test_batches_that_are_left_to_others_are_claimed_only_when_their_window_has_passed(store: BatchStore) -> None:
+    first, second = await start_batch(store, 2), await start_batch(store, 2)
+    short = await start_batch(store, 1, new=NewBatch(ENDPOINT, first.new.input_file_id, window_s=SHORT_S))
+    await asyncio.sleep(OVER_SHORT_S)
+    claims = await store.claim("w", 9, lease_s=LONG_S, without=[first.id, short.id, "batch_none"])
+    assert [claim.batch_id for claim in claims] == [second.id, second.id, short.id]
+    assert [claim.batch_id for claim in await store.claim("w", 9, lease_s=LONG_S)] == [first.id, first.id]
+
+
 async def test_many_requests_keep_their_order_and_no_two_workers_get_the_same(place: StorePlace) -> None:
     count = 2500
     async with place.open() as store, place.open() as other:

@@ -215,6 +215,15 @@ EXPLANATIONS = (
         "`gpumesh batch show ID` shows the status.",
     ),
     Explanation(
+        "batch-owner",
+        E,
+        "this gateway does not have the key of the batch",
+        "A batch was made with an API key that the mesh.yaml of this gateway does not have, so it is not known here "
+        "what its requests may use. Another gateway of the same Redis works on it if it has a key of this name; else "
+        "its requests fail when its window has passed.",
+        "Add the key to `gateway.keys`, or leave the batch to the gateway on which it was made.",
+    ),
+    Explanation(
         "batch-store",
         E,
         "the store of batches cannot be used",

@@ -147,9 +147,10 @@ class RedisBatchStore(RedisFiles):
     async def begin_work(self, worker: str) -> None:
         """Does nothing: other workers may live, so what a killed one had claimed is free when its leases end."""
 
-    async def claim(self, worker: str, count: int, *, lease_s: float) -> list[Claim]:
+    async def claim(self, worker: str, count: int, *, lease_s: float, without: Collection[str] = ()) -> list[Claim]:
         number = secrets.token_hex(4)
-        answer = await self._script.ask("claim", worker, number, count, _milliseconds(lease_s), MAX_ANSWER_BYTES)
+        lease_ms = _milliseconds(lease_s)
+        answer = await self._script.ask("claim", worker, number, count, lease_ms, MAX_ANSWER_BYTES, *without)
         return answers.read_claims(answer)
 
     async def renew(self, worker: str, claims: Collection[Claim], *, lease_s: float) -> set[tuple[str, int]]:

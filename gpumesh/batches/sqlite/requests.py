@@ -38,7 +38,9 @@ def free_claims(connection: Connection) -> None:
     )
 
 
-def claim_requests(connection: Connection, worker: str, count: int, lease_s: float, now: float) -> list[ClaimedRow]:
+def claim_requests(
+    connection: Connection, worker: str, count: int, lease_s: float, without: Collection[str], now: float
+) -> list[ClaimedRow]:
     """As ``BatchStore.claim``, without the contents."""
     batches = connection.execute(
         "SELECT number, id, endpoint, owner, file, expires_at FROM batches WHERE status = ? ORDER BY created_at, id",
@@ -47,6 +49,8 @@ def claim_requests(connection: Connection, worker: str, count: int, lease_s: flo
     claimed: list[ClaimedRow] = []
     byte_count = 0
     for number, batch_id, endpoint, owner, file, expires_at in batches:
+        if batch_id in without and expires_at > now:
+            continue
         connection.execute(
             "UPDATE requests SET worker = NULL, leased_until = NULL, lost = lost + 1"
             " WHERE batch = ? AND worker IS NOT NULL AND leased_until <= ?",

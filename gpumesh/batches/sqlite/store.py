@@ -205,9 +205,9 @@ class SqliteBatchStore:
     async def begin_work(self, worker: str) -> None:  # noqa: ARG002 - the only worker needs no name here
         await self._database.write(requests.free_claims)
 
-    async def claim(self, worker: str, count: int, *, lease_s: float) -> list[Claim]:
+    async def claim(self, worker: str, count: int, *, lease_s: float, without: Collection[str] = ()) -> list[Claim]:
         rows = await self._database.write(
-            lambda connection: requests.claim_requests(connection, worker, count, lease_s, self._clock())
+            lambda connection: requests.claim_requests(connection, worker, count, lease_s, without, self._clock())
         )
         return [await self._read_claim(row) for row in rows]
 

@@ -51,9 +51,11 @@ class FileRoutes:
         owner = find_owner(request)
         async with closing_iterator(request.read_body_pieces()) as pieces:
             upload = Upload(request, pieces)
+            count, size = await self._measure_files(owner)
+            if count >= MAX_OWNER_FILES or size + self._arriving[owner] + upload.most_bytes > MAX_OWNER_BYTES:
+                raise _full_error(count, size)
             self._arriving[owner] += upload.most_bytes
             try:
-                await self._require_room(owner)
                 name = await upload.read_name()
                 async with closing_iterator(upload.read_file()) as chunks:
                     file = await self._store.create_file(name, chunks, owner=owner, purpose=PURPOSE)
@@ -61,21 +63,15 @@ class FileRoutes:
                 self._arriving[owner] -= upload.most_bytes
         return _reply(describe_file(file))
 
-    async def _require_room(self, owner: str) -> None:
-        """Raises TooManyRequests if the files of this owner, with those that are arriving, would be too many."""
+    async def _measure_files(self, owner: str) -> tuple[int, int]:
+        """The number of the files of this owner, and their size in bytes."""
         count = size = 0
         after: str | None = None
         while files := await self._store.list_files(owner=owner, after=after, limit=FILES_AT_A_TIME):
             count += len(files)
             size += sum(file.size for file in files)
             after = files[-1].id
-        if count >= MAX_OWNER_FILES or size + self._arriving[owner] > MAX_OWNER_BYTES:
-            raise TooManyRequests(
-                f"{count} files of {size >> 20} MiB are stored for this key, which may store {MAX_OWNER_FILES} files of"
-                f" {MAX_OWNER_BYTES >> 20} MiB: delete those that are not needed any more",
-                retry_after_s=_FULL_RETRY_S,
-                may_retry=False,
-            )
+        return count, size
 
     async def list_files(self, request: Request) -> Response:
         """A page of the files; with ``purpose=batch_output`` of the files of results."""
@@ -153,6 +149,16 @@ class FileRoutes:
             if file.id == file_id:
                 return file
         raise BatchNotFound(f"there is no file {file_id!r} (yet)")
+
+
+def _full_error(count: int, size: int) -> TooManyRequests:
+    """The error for an upload of an owner who has stored so many files of ``size`` bytes in all."""
+    return TooManyRequests(
+        f"{count} files of {size >> 20} MiB are stored for this key, which may store {MAX_OWNER_FILES} files of"
+        f" {MAX_OWNER_BYTES >> 20} MiB: delete those that are not needed any more",
+        retry_after_s=_FULL_RETRY_S,
+        may_retry=False,
+    )
 
 
 def _read_path(request: Request) -> tuple[str, bool]:

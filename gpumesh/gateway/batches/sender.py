@@ -12,7 +12,7 @@ import msgspec
 
 from gpumesh.balancer.base import Priority
 from gpumesh.batches.values import COMMAND_LINE, PROMPT_ENDPOINT, BatchRequest, Reply
-from gpumesh.errors import NoNodeError, StreamCut
+from gpumesh.errors import BatchOwnerUnknown, NoNodeError, StreamCut
 from gpumesh.gateway import ended_requests
 from gpumesh.gateway.access.api_keys import find_key_by_name
 from gpumesh.gateway.batches.endpoints import ENDPOINT_RULE, is_batch_endpoint
@@ -51,8 +51,10 @@ class GatewaySender:
             return await self._prompts.send(request)
         key = self._find_owner_key(request.owner)
         if key is None and request.owner != NO_KEY:
-            message = f"the key {request.owner}, which made this batch, is not in mesh.yaml any more"
-            return _refuse(401, message)
+            message = f"the key {request.owner}, with which this batch was made, is not in mesh.yaml"
+            if self._mesh.topology.redis is not None:  # another gateway may have it
+                raise BatchOwnerUnknown(message)
+            return _refuse(401, f"{message} any more")
         if not is_batch_endpoint(request.endpoint):
             return _refuse(404, f"{request.endpoint[:100]} is no route of a batch: {ENDPOINT_RULE}")
         if _wants_stream(request.body):

@@ -13,7 +13,15 @@ import pytest
 import pytest_asyncio
 
 from gpumesh.batches.values import COMMAND_LINE, PROMPT_ENDPOINT, BatchRequest, Reply
-from gpumesh.errors import BackendStatus, DeadlineExceeded, ModelMissing, NoNodeError, StreamCut, UsageError
+from gpumesh.errors import (
+    BackendStatus,
+    BatchOwnerUnknown,
+    DeadlineExceeded,
+    ModelMissing,
+    NoNodeError,
+    StreamCut,
+    UsageError,
+)
 from gpumesh.gateway import in_process
 from gpumesh.gateway.app import Gateway
 from gpumesh.gateway.batches.owners import NO_KEY
@@ -23,7 +31,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN_7B, Faults
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests import answer_reading
-from gpumesh.topology import GatewaySpec, RequestRate, Topology
+from gpumesh.topology import GatewaySpec, RedisSpec, RequestRate, Topology
 from tests.gateway.fleet import MODEL, RunningGateway, metric, node, quick_host, serve_hosts
 from tests.gateway.test_key_limits import bearer, key
 from tests.tunnels.polling import wait_until
@@ -109,6 +117,16 @@ async def test_a_key_that_is_gone_fails_its_requests(running: RunningGateway) ->
     reply = await send(running, make_request(owner="former"))
     assert reply.status == 401
     assert "is not in mesh.yaml any more" in json.loads(reply.body)["error"]["message"]
+
+
+async def test_a_key_that_another_gateway_may_have_is_left_to_it(
+    running: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = replace(running.mesh.topology, redis=RedisSpec("redis://127.0.0.1:1"))
+    monkeypatch.setattr(running.mesh, "topology", topology)
+    with pytest.raises(BatchOwnerUnknown, match="the key former"):
+        await send(running, make_request(owner="former"))
+    assert (await send(running, make_request())).status == 200
 
 
 async def test_a_quota_that_is_used_up_is_waited_for(running: RunningGateway) -> None:

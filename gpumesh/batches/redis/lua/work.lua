@@ -55,7 +55,7 @@ local function repeat_claims(worker, number, lease_ms)
 end
 
 -- worker, a number that each call of a worker has for itself, count, the duration of the leases, the limit for the sum of
--- the contents in bytes.
+-- the contents in bytes, then the batches that are left to other workers until their window has passed.
 function functions.claim(worker, number, count, lease_ms, max_bytes)
   count, lease_ms, max_bytes = tonumber(count), tonumber(lease_ms), tonumber(max_bytes)
   if count <= 0 then return { 'ok', {} } end
@@ -72,8 +72,11 @@ function functions.claim(worker, number, count, lease_ms, max_bytes)
     bytes = bytes + #claim[3]
     return #claims < count and bytes < max_bytes
   end
+  local left = {}
+  for index = 7, #ARGV do left[ARGV[index]] = true end
   for _, id in ipairs(call('ZREVRANGE', OPEN, 0, -1)) do -- the oldest first
-    if status_of(id) == 'in_progress' and not claim_of_batch(id, worker, lease_ms, count - #claims, add) then break end
+    local is_open = status_of(id) == 'in_progress' and not (left[id] and number_of(id, 'expires_at') > now)
+    if is_open and not claim_of_batch(id, worker, lease_ms, count - #claims, add) then break end
   end
   return { 'ok', claims }
 end
