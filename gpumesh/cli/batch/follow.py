@@ -9,8 +9,8 @@ from time import time
 from typing import TypeVar
 
 from gpumesh.batches.base import BatchStore
+from gpumesh.batches.progress import BatchProgress, measure_progress
 from gpumesh.batches.values import Batch
-from gpumesh.cli.batch.progress import BatchProgress, measure_progress
 from gpumesh.cli.batch.result_output import WriteLines
 from gpumesh.errors import BatchStoreError
 

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 from gpumesh.batches.base import BatchStore
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import Batch, BatchStatus, NewBatch
-from gpumesh.cli.batch.submitted_file import FileKind, SubmittedFile
+from gpumesh.cli.batch.submitted_file import SubmittedFile
 from gpumesh.errors import UsageError
 
 CHUNK_BYTES = 1 << 18
 MAX_WRONG_LINES = 20  # so many are listed; the others are counted
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A batch that was made, and what its lines are; ``None`` if no line tells."""
-
-    batch: Batch
-    kind: FileKind | None
-
-
-async def submit_file(store: BatchStore, submitted: SubmittedFile, *, name: str, window_s: float) -> Submission:
+async def submit_file(store: BatchStore, submitted: SubmittedFile, *, name: str, window_s: float) -> Batch:
     """Stores the file and makes a batch of it, which has its requests when this returns; a running mesh may have begun
     with it by then. When this is cancelled, the batch is cancelled too.
 
@@ -48,7 +39,7 @@ async def submit_file(store: BatchStore, submitted: SubmittedFile, *, name: str,
         raise UsageError(
             "\n".join([f"{submitted.name} has no line that can be sent", *list_wrong_lines(batch, submitted.name)])
         )
-    return Submission(batch, submitted.kind)
+    return batch
 
 
 async def _read_chunks(submitted: SubmittedFile) -> AsyncIterator[bytes]:

@@ -22,10 +22,10 @@ from gpumesh.errors import ExitCode, GPUMeshError
 
 if TYPE_CHECKING:
     from gpumesh.batches.base import BatchStore
+    from gpumesh.batches.progress import BatchProgress
     from gpumesh.batches.values import Batch
     from gpumesh.cli.batch.changes import Changes
     from gpumesh.cli.batch.follow import CopiedResults
-    from gpumesh.cli.batch.progress import BatchProgress
 
 LISTED = 20  # batches that `list` shows without --all
 ALL_LIMIT = 100_000
@@ -106,7 +106,7 @@ def submit(
     """
     import os
 
-    from gpumesh.cli.batch.submit import Submission, list_wrong_lines, submit_file
+    from gpumesh.cli.batch.submit import list_wrong_lines, submit_file
     from gpumesh.cli.batch.submitted_file import PromptSettings, SubmittedFile
     from gpumesh.cli.prompt_input import read_options
     from gpumesh.cli.standard_input import open_rereadable
@@ -117,17 +117,17 @@ def submit(
     settings = PromptSettings(model, node, system, read_options(option or []))
     shown_name = "stdin" if file == "-" else file
 
-    async def store_file(submitted: SubmittedFile) -> Submission:
+    async def store_file(submitted: SubmittedFile) -> Batch:
         async with open_batches(options) as store:
             return await submit_file(store, submitted, name=name or os.path.basename(shown_name), window_s=window)
 
     with open_rereadable(file) as source:  # reads a pipe to its end first, where Ctrl-C ends the command at once
-        submission = run_async(store_file(SubmittedFile(source, settings, name=shown_name)))
-    batch = submission.batch
+        batch = run_async(store_file(SubmittedFile(source, settings, name=shown_name)))
     for line in list_wrong_lines(batch, shown_name):
         typer.echo(clean_line(line), err=True)
     if as_json:
-        from gpumesh.cli.batch.progress import BatchProgress, make_document
+        from gpumesh.batches.progress import BatchProgress
+        from gpumesh.cli.batch.document import make_document
 
         print_json(make_document([BatchProgress(batch)]))
     else:
@@ -135,7 +135,7 @@ def submit(
     if not options.quiet:
         from gpumesh.cli.views.batch.sentences import describe_submission
 
-        typer.echo(describe_submission(batch, submission.kind), err=True)
+        typer.echo(describe_submission(batch), err=True)
         print_mesh_hint(options)
     if batch.error_count:
         raise typer.Exit(int(ExitCode.DEGRADED))
@@ -162,7 +162,8 @@ def list_(
 
 
 def _list_batches(options: GlobalOptions, chosen_format: str | None, *, limit: int) -> None:
-    from gpumesh.cli.batch.progress import make_document, measure_progress
+    from gpumesh.batches.progress import measure_progress
+    from gpumesh.cli.batch.document import make_document
 
     async def read() -> list[BatchProgress]:
         async with open_batches(options) as store:
@@ -215,7 +216,7 @@ def show(
       gpumesh batch show --watch
       gpumesh batch show batch_6f3a --json | jq '.batches[0].left_s'
     """
-    from gpumesh.cli.batch.progress import make_document
+    from gpumesh.cli.batch.document import make_document
 
     options = global_options(ctx)
     progress = run_async(_read_progress(options, batch, watch=watch))
@@ -231,9 +232,9 @@ def show(
 
 async def _read_progress(options: GlobalOptions, text: str | None, *, watch: bool) -> BatchProgress:
     """The batch now; with ``watch`` at its end, until when its progress is shown."""
+    from gpumesh.batches.progress import measure_progress
     from gpumesh.cli.batch.find_batch import find_batch
     from gpumesh.cli.batch.follow import PatientReader, follow_progress
-    from gpumesh.cli.batch.progress import measure_progress
     from gpumesh.cli.views.batch.watch_display import show_watch
     from gpumesh.event_loop.async_iterators import closing_iterator
 
@@ -290,7 +291,7 @@ def results(
     if not options.quiet:
         from gpumesh.cli.views.batch.sentences import describe_results
 
-        for line in describe_results(found, copied, out, only_failed=only_failed):
+        for line in describe_results(found, out, written=copied.written, failed=copied.failed, only_failed=only_failed):
             typer.echo(clean_line(line), err=True)
     is_whole = found.status.has_ended and not found.counts.unfinished
     if not only_failed and (copied.failed or (follow and not is_whole)):
@@ -378,8 +379,9 @@ def _change_batches(
 ) -> Changes:
     """Changes each batch that a text names, and prints what has become of it. ``describe``: a sentence about a batch
     before and after the change. An error with one batch does not stop the others."""
+    from gpumesh.batches.progress import BatchProgress
     from gpumesh.cli.batch.changes import change_batches
-    from gpumesh.cli.batch.progress import BatchProgress, make_document
+    from gpumesh.cli.batch.document import make_document
 
     async def change_all() -> Changes:
         async with open_batches(options) as store:

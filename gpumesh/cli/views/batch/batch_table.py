@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpumesh.cli.batch.progress import BatchProgress
+from gpumesh.batches.progress import BatchProgress
 from gpumesh.cli.views.batch.texts import (
     format_left,
     format_name,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from gpumesh.batches.progress import BatchProgress
 from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchStatus
-from gpumesh.cli.batch.progress import BatchProgress
 from gpumesh.cli.views.batch.texts import (
     format_done,
     format_left,

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpumesh.batches.values import Batch, BatchStatus
-from gpumesh.cli.batch.follow import CopiedResults
-from gpumesh.cli.batch.submitted_file import FileKind
+from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchStatus
 from gpumesh.cli.views.batch.texts import format_status
 from gpumesh.config.value_parsers import format_duration
 from gpumesh.text.quoting import paste_command
 
 
-def describe_submission(batch: Batch, kind: FileKind | None) -> str:
+def describe_submission(batch: Batch) -> str:
     """What was submitted, and how to look at it."""
-    noun = "request" if kind is FileKind.OPENAI else "prompt"
+    noun = "prompt" if batch.new.endpoint == PROMPT_ENDPOINT else "request"
     text = f"{_count(batch.counts.total, noun)}, to be answered within {format_duration(batch.new.window_s)}"
     if batch.error_count:
         text += f"; {_count(batch.error_count, 'wrong line')} left out"
     return f"{text}: {paste_command('gpumesh batch show {ID} --watch', ID=batch.id)} shows how far they are"
 
 
-def describe_results(batch: Batch, copied: CopiedResults, out: str | None, *, only_failed: bool) -> Iterator[str]:
-    """What was written, and what was not."""
+def describe_results(batch: Batch, out: str | None, *, written: int, failed: int, only_failed: bool) -> Iterator[str]:
+    """What was written to ``out``, and what was not: ``written`` results, of which ``failed`` have failed."""
     counts = batch.counts
     if out is not None:
-        yield f"{_count(copied.written, 'failed result' if only_failed else 'result')} written to {out}"
+        yield f"{_count(written, 'failed result' if only_failed else 'result')} written to {out}"
     if counts.unfinished:
         missing = f"{counts.unfinished:,} of {counts.total:,} have no result{'' if batch.status.has_ended else ' yet'}"
         yield f"{batch.id} is {format_status(batch.status)}: {missing}"
-    if copied.failed and not only_failed:
+    if failed and not only_failed:
         again = f"; {paste_command('gpumesh batch retry {ID}', ID=batch.id)} sends what has failed again"
-        yield f"{_count(copied.failed, 'request')} failed{again if batch.status.has_ended else ''}"
+        yield f"{_count(failed, 'request')} failed{again if batch.status.has_ended else ''}"
 
 
 def describe_retry(before: Batch, after: Batch) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.text import Text
 
+from gpumesh.batches.progress import BatchProgress
 from gpumesh.batches.values import Batch, BatchStatus
-from gpumesh.cli.batch.progress import BatchProgress
 from gpumesh.cli.views.figures import format_bytes, format_duration, shorten
 from gpumesh.cli.views.safe_text import clean_line
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from gpumesh.cli.batch.progress import BatchProgress
+from gpumesh.batches.progress import BatchProgress
 from gpumesh.cli.views.batch.texts import format_done, format_left, format_rate, format_status
 from gpumesh.cli.views.console import console
 from gpumesh.cli.views.safe_text import clean_line

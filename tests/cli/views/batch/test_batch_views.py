@@ -7,10 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.cells import cell_len
 
+from gpumesh.batches.progress import BatchProgress
 from gpumesh.batches.values import BatchCounts, BatchStatus
-from gpumesh.cli.batch.follow import CopiedResults
-from gpumesh.cli.batch.progress import BatchProgress
-from gpumesh.cli.batch.submitted_file import FileKind
 from gpumesh.cli.views.batch.batch_table import print_batches
 from gpumesh.cli.views.batch.batch_view import print_batch
 from gpumesh.cli.views.batch.sentences import (
@@ -88,23 +86,25 @@ def test_shares_are_neither_0_nor_100_unless_that_is_exact(done: int, text: str)
 
 def test_sentences() -> None:
     running, cancelled = ALL[0], ALL[4]
-    assert describe_submission(replace(running, error_count=1), FileKind.TEXT) == (
+    assert describe_submission(replace(running, error_count=1)) == (
         "50,000 prompts, to be answered within 24h; 1 wrong line left out:"
         " `gpumesh batch show batch_6f3a --watch` shows how far they are"
     )
-    assert describe_submission(running, FileKind.OPENAI).startswith("50,000 requests, to be")
+    assert describe_submission(batch(BatchStatus.IN_PROGRESS, endpoint="/v1/embeddings")).startswith(
+        "50,000 requests, "
+    )
     assert describe_retry(ENDED, ENDED) == "batch_6f3a: 12 of 2,000 requests to be sent again"
     whole = replace(ENDED, counts=BatchCounts(2, 2))
     assert describe_retry(whole, whole) == "batch_6f3a: nothing to send again, each request is answered"
     assert describe_cancel(running, ALL[3]) == "batch_6f3a is being cancelled: 8 requests under way to be ended"
     assert describe_cancel(running, cancelled) == ("batch_6f3a is cancelled: 24,124 of 50,000 requests have a result")
     assert describe_cancel(cancelled, cancelled) == "batch_6f3a is cancelled already"
-    assert list(describe_results(running, CopiedResults(24_124, 12), "out.jsonl", only_failed=False)) == [
+    assert list(describe_results(running, "out.jsonl", written=24_124, failed=12, only_failed=False)) == [
         "24,124 results written to out.jsonl",
         "batch_6f3a is in progress: 25,876 of 50,000 have no result yet",
         "12 requests failed",
     ]
-    assert list(describe_results(whole, CopiedResults(2), None, only_failed=False)) == []
+    assert list(describe_results(whole, None, written=2, failed=0, only_failed=False)) == []
 
 
 def test_a_watch_that_is_piped_has_a_line_for_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
