@@ -1,4 +1,4 @@
-"""Finds the batch that a person means: by its id, by the begin of its id, or the latest."""
+"""Finds the batches that a person means: by their ids, by the begins of their ids, or the latest."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ async def find_batch(store: BatchStore, text: str | None) -> Batch:
         ids = join_some([batch.id for batch in matches], 4)
         raise UsageError(f"{text!r} is the begin of several batches: {ids}", hint=_HINT)
     return matches[0]
+
+
+async def read_latest(store: BatchStore, limit: int) -> list[Batch]:
+    """The latest batches, ``limit`` at most. Raises BatchStoreError."""
+    batches: list[Batch] = []
+    while len(batches) < limit:
+        after = batches[-1].id if batches else None
+        page = await store.list_batches(after=after, limit=min(limit - len(batches), 100))
+        if not page:
+            break
+        batches += page
+    return batches

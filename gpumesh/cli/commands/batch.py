@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.batch.open_batches import open_batches, print_mesh_hint
+from gpumesh.cli.batch.mesh_hints import print_mesh_hint, print_model_hint
+from gpumesh.cli.batch.open_batches import open_batches
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.duration_option import DURATION_METAVAR, duration_parser
 from gpumesh.cli.global_options import GlobalOptions, find_node, global_options
@@ -18,14 +19,13 @@ from gpumesh.cli.open_session import run_async
 from gpumesh.cli.output_format import OutputFormat, choose_format, output_option, print_document, print_names
 from gpumesh.cli.prompt_options import ModelSettingsOption, NodeOption, SystemOption
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.errors import ExitCode, GPUMeshError
+from gpumesh.errors import ExitCode
 
 if TYPE_CHECKING:
     from gpumesh.batches.base import BatchStore
     from gpumesh.batches.progress import BatchProgress
     from gpumesh.batches.values import Batch
     from gpumesh.cli.batch.changes import Changes
-    from gpumesh.cli.batch.follow import CopiedResults
 
 LISTED = 20  # batches that `list` shows without --all
 ALL_LIMIT = 100_000
@@ -93,7 +93,7 @@ def submit(
     option: ModelSettingsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Store a file of requests as a batch, and print its id. The running mesh works on it; so does the next one.
+    """Store a file of requests as a batch, and print its id. The running mesh works on it, or the next one that runs.
 
     The file has OpenAI's batch lines (custom_id, method, url, body), the JSON lines of `gpumesh run -f`, or a prompt on
     each line. A wrong line is reported by its number, and the others are sent; the exit code is 3 then.
@@ -137,6 +137,8 @@ def submit(
 
         typer.echo(describe_submission(batch), err=True)
         print_mesh_hint(options)
+        if model is not None:
+            print_model_hint(options, model)
     if batch.error_count:
         raise typer.Exit(int(ExitCode.DEGRADED))
 
@@ -162,13 +164,15 @@ def list_(
 
 
 def _list_batches(options: GlobalOptions, chosen_format: str | None, *, limit: int) -> None:
+    """Prints the ``limit`` latest batches."""
     from gpumesh.batches.progress import measure_progress
     from gpumesh.cli.batch.document import make_document
+    from gpumesh.cli.batch.find_batch import read_latest
 
     async def read() -> list[BatchProgress]:
         async with open_batches(options) as store:
             now = time()
-            return [await measure_progress(store, found, now) for found in await _read_latest(store, limit + 1)]
+            return [await measure_progress(store, found, now) for found in await read_latest(store, limit + 1)]
 
     found = run_async(read())
     shown = found[:limit]
@@ -189,18 +193,6 @@ def _list_batches(options: GlobalOptions, chosen_format: str | None, *, limit: i
             print_mesh_hint(options)
 
 
-async def _read_latest(store: BatchStore, limit: int) -> list[Batch]:
-    """The latest batches, ``limit`` at most."""
-    batches: list[Batch] = []
-    while len(batches) < limit:
-        after = batches[-1].id if batches else None
-        page = await store.list_batches(after=after, limit=min(limit - len(batches), 100))
-        if not page:
-            break
-        batches += page
-    return batches
-
-
 @app.command()
 def show(
     ctx: typer.Context,
@@ -217,9 +209,10 @@ def show(
       gpumesh batch show batch_6f3a --json | jq '.batches[0].left_s'
     """
     from gpumesh.cli.batch.document import make_document
+    from gpumesh.cli.batch.read_batch import read_progress
 
     options = global_options(ctx)
-    progress = run_async(_read_progress(options, batch, watch=watch))
+    progress = run_async(read_progress(options, batch, watch=watch))
     if as_json:
         print_json(make_document([progress]))
     else:
@@ -228,37 +221,6 @@ def show(
         print_batch(progress, time())
     if not progress.batch.status.has_ended:
         print_mesh_hint(options)
-
-
-async def _read_progress(options: GlobalOptions, text: str | None, *, watch: bool) -> BatchProgress:
-    """The batch now; with ``watch`` at its end, until when its progress is shown."""
-    from gpumesh.batches.progress import measure_progress
-    from gpumesh.cli.batch.find_batch import find_batch
-    from gpumesh.cli.batch.follow import PatientReader, follow_progress
-    from gpumesh.cli.views.batch.watch_display import show_watch
-    from gpumesh.event_loop.async_iterators import closing_iterator
-
-    async with open_batches(options) as store:
-        found = await find_batch(store, text)
-        progress = await measure_progress(store, found, time())
-        if watch and not found.status.has_ended:
-            print_mesh_hint(options)
-            with show_watch(quiet=options.quiet) as display:
-                reader = PatientReader(_print_store_away(options))
-                async with closing_iterator(follow_progress(store, found.id, reader)) as states:
-                    async for progress in states:
-                        display(progress)
-        return progress
-
-
-def _print_store_away(options: GlobalOptions) -> Callable[[GPUMeshError], None]:
-    """A function that says on stderr that the store is waited for."""
-
-    def print_error(error: GPUMeshError) -> None:
-        if not options.quiet:
-            typer.echo(clean_line(f"{error.message}; waiting for it"), err=True)
-
-    return print_error
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
@@ -286,8 +248,10 @@ def results(
       gpumesh batch results batch_6f3a -o answers.jsonl
       gpumesh batch results --follow | jq -r .response
     """
+    from gpumesh.cli.batch.read_batch import write_results
+
     options = global_options(ctx)
-    found, copied = run_async(_copy_results(options, batch, out, follow=follow, only_failed=only_failed, force=force))
+    found, copied = run_async(write_results(options, batch, out, follow=follow, only_failed=only_failed, force=force))
     if not options.quiet:
         from gpumesh.cli.views.batch.sentences import describe_results
 
@@ -296,27 +260,6 @@ def results(
     is_whole = found.status.has_ended and not found.counts.unfinished
     if not only_failed and (copied.failed or (follow and not is_whole)):
         raise typer.Exit(int(ExitCode.FAILED))
-
-
-async def _copy_results(
-    options: GlobalOptions, text: str | None, out: str | None, *, follow: bool, only_failed: bool, force: bool
-) -> tuple[Batch, CopiedResults]:
-    """Writes the results. Returns the batch as it is afterwards, and how many results were written."""
-    from gpumesh.cli.batch.find_batch import find_batch
-    from gpumesh.cli.batch.follow import PatientReader, copy_results, follow_results
-    from gpumesh.cli.batch.result_output import open_result_output
-
-    async with open_batches(options) as store:
-        found = await find_batch(store, text)
-        if follow and not found.status.has_ended:
-            print_mesh_hint(options)
-        with open_result_output(out, force=force, grows=follow) as write:
-            if follow:
-                reader = PatientReader(_print_store_away(options))
-                copied = await follow_results(store, found, write, reader, only_failed=only_failed)
-            else:
-                copied = await copy_results(store, found, write, only_failed=only_failed)
-        return await store.get_batch(found.id), copied
 
 
 # -- retry, cancel, rm -----------------------------------------------------------------------------------------------
