@@ -22,10 +22,11 @@ RESULTS_AT_A_TIME = 200
 
 class PatientReader:
     """Reads from a store again and again until that works. ``on_away`` is called when the store is found away, with its
-    error; not again before a reading has worked."""
+    error; not again before a reading has worked. ``interval_s``: the seconds between two looks."""
 
-    def __init__(self, on_away: Callable[[BatchStoreError], None]) -> None:
+    def __init__(self, on_away: Callable[[BatchStoreError], None], *, interval_s: float = INTERVAL_S) -> None:
         self._on_away = on_away
+        self._interval_s = interval_s
         self._is_away = False
 
     async def read(self, read: Callable[[], Awaitable[T]]) -> T:
@@ -37,14 +38,19 @@ class PatientReader:
                 if not self._is_away:
                     self._is_away = True
                     self._on_away(error)
-                await asyncio.sleep(INTERVAL_S)
+                await self.pause()
             else:
                 self._is_away = False
                 return result
 
+    async def pause(self) -> None:
+        """Waits until the next look."""
+        await asyncio.sleep(self._interval_s)
+
 
 async def follow_progress(store: BatchStore, batch_id: str, reader: PatientReader) -> AsyncIterator[BatchProgress]:
-    """Yields the batch now and after each second, until it has ended. Raises BatchNotFound when it is deleted."""
+    """Yields the batch now and at each look of the ``reader``, until it has ended. Raises BatchNotFound when it is
+    deleted."""
 
     async def measure() -> BatchProgress:
         return await measure_progress(store, await store.get_batch(batch_id), time())
@@ -54,7 +60,7 @@ async def follow_progress(store: BatchStore, batch_id: str, reader: PatientReade
         yield progress
         if progress.batch.status.has_ended:
             return
-        await asyncio.sleep(INTERVAL_S)
+        await reader.pause()
 
 
 @dataclass(slots=True)
@@ -97,4 +103,4 @@ async def follow_results(
             copied.failed += sum(result.failed for result in results)
         if has_ended:
             return copied
-        await asyncio.sleep(INTERVAL_S)
+        await reader.pause()

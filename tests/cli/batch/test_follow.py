@@ -1,0 +1,94 @@
+"""A batch that is followed while a worker records its results, also while its store is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.batches.base import BatchStore
+from gpumesh.batches.sqlite.store import SqliteBatchStore
+from gpumesh.batches.validation import validate_batch
+from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchStatus, NewBatch, Result
+from gpumesh.cli.batch.follow import PatientReader, copy_results, follow_progress, follow_results
+from gpumesh.errors import BatchNotFound, BatchStoreError
+
+REQUESTS = 500
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[BatchStore]:
+    async with SqliteBatchStore(tmp_path / "batches.sqlite") as opened:
+        await opened.begin_work("worker")
+        yield opened
+
+
+async def make_batch(store: BatchStore) -> Batch:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b'"why?"\n' * REQUESTS
+
+    file = await store.create_file("in.jsonl", chunks())
+    return await validate_batch(store, (await store.create_batch(NewBatch(PROMPT_ENDPOINT, file.id))).id)
+
+
+async def work(store: BatchStore, count: int) -> None:
+    """Records a result for ``count`` requests; each tenth has failed."""
+    claims = await store.claim("worker", count, lease_s=30.0)
+    results = [Result(claim, str(claim.line).encode(), failed=claim.line % 10 == 0) for claim in claims]
+    await store.record("worker", results)
+
+
+def eager_reader() -> PatientReader:
+    return PatientReader(lambda error: pytest.fail(str(error)), interval_s=0.0)
+
+
+@pytest.mark.parametrize("only_failed", [False, True])
+async def test_each_result_is_written_once_however_they_come(store: BatchStore, only_failed: bool) -> None:
+    batch = await make_batch(store)
+    written: list[bytes] = []
+
+    async def work_until_end() -> None:
+        while not (await store.get_batch(batch.id)).status.has_ended:
+            await work(store, 37)
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(work_until_end())
+        copied = await follow_results(store, batch, written.extend, eager_reader(), only_failed=only_failed)
+    expected = [line for line in range(1, REQUESTS + 1) if not only_failed or line % 10 == 0]
+    assert sorted(map(int, written)) == expected
+    assert (copied.written, copied.failed) == (len(expected), REQUESTS // 10)
+    in_order: list[bytes] = []
+    assert await copy_results(store, batch, in_order.extend, only_failed=only_failed) == copied
+    assert list(map(int, in_order)) == expected
+
+
+async def test_progress_ends_with_the_batch_or_when_it_is_removed(store: BatchStore) -> None:
+    batch = await make_batch(store)
+    seen = []
+    async for progress in follow_progress(store, batch.id, eager_reader()):
+        seen.append(progress)
+        await work(store, 200)
+    assert [progress.batch.counts.unfinished for progress in seen] == [500, 300, 100, 0]
+    assert seen[-1].batch.status is BatchStatus.COMPLETED
+    assert seen[1].rate_per_s
+    await store.delete_batch(batch.id)
+    with pytest.raises(BatchNotFound):
+        await anext(follow_progress(store, batch.id, eager_reader()))
+
+
+async def test_a_store_that_is_away_is_waited_for_and_told_once_each_time() -> None:
+    answers = iter(["away", "away", "one", "away again", "two"])
+
+    async def read() -> str:
+        answer = next(answers)
+        if answer.startswith("away"):
+            raise BatchStoreError(answer)
+        return answer
+
+    told: list[str] = []
+    reader = PatientReader(lambda error: told.append(error.message), interval_s=0.0)
+    assert [await reader.read(read), await reader.read(read)] == ["one", "two"]
+    assert told == ["away", "away again"]
