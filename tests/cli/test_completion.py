@@ -54,6 +54,11 @@ async def test_names_of_nodes_and_models(direct: SimulatedMesh) -> None:
     assert await completed(gpumesh, "gpumesh status --node a") == ["alpha"]
     assert await completed(gpumesh, "gpumesh exec be") == ["beta"]
     assert await completed(gpumesh, "gpumesh run -m q") == [], "no mesh is running, and none is started for this"
+    assert await completed(gpumesh, "gpumesh batch show ") == []
+    batch = (await gpumesh("batch", "submit", "-", stdin="Why?\n")).out.strip()
+    assert await completed(gpumesh, "gpumesh batch show ") == [batch]
+    assert await completed(gpumesh, "gpumesh batch rm batch_") == [batch]
+    assert await completed(gpumesh, "gpumesh batch rm x") == []
     await gpumesh("up", "-d")
     assert await completed(gpumesh, "gpumesh run -m q") == ["qwen2.5:7b"]
     assert await completed(gpumesh, "gpumesh models load ") == ["qwen2.5:7b"]

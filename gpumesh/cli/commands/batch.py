@@ -110,6 +110,7 @@ def submit(
     from gpumesh.cli.batch.submitted_file import PromptSettings, SubmittedFile
     from gpumesh.cli.prompt_input import read_options
     from gpumesh.cli.standard_input import open_rereadable
+    from gpumesh.cli.views.pool.start_progress import show_waiting
 
     options = global_options(ctx)
     if node is not None:
@@ -121,7 +122,8 @@ def submit(
         async with open_batches(options) as store:
             return await submit_file(store, submitted, name=name or os.path.basename(shown_name), window_s=window)
 
-    with open_rereadable(file) as source:  # reads a pipe to its end first, where Ctrl-C ends the command at once
+    # Reads a pipe to its end first, where Ctrl-C ends the command at once.
+    with open_rereadable(file) as source, show_waiting(f"stores {shown_name}", quiet=options.quiet):
         batch = run_async(store_file(SubmittedFile(source, settings, name=shown_name)))
     for line in list_wrong_lines(batch, shown_name):
         typer.echo(clean_line(line), err=True)

@@ -16,7 +16,7 @@ from gpumesh.cli.views.safe_text import clean_line
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-LEAST_WIDTH_WITH_BAR = 90  # of a terminal, in characters; a narrower one has room for the figures alone
+LEAST_WIDTH_WITH_BAR = 80  # of a terminal, in characters; a narrower one has room for the figures alone
 
 
 class WatchDisplay(Protocol):
@@ -64,7 +64,7 @@ class _ProgressBar:
             self._task = self._bar.add_task("", total=None, note="")
         self._bar.update(
             self._task,
-            description=clean_line(f"{batch.id} {format_status(batch.status)}", 80),
+            description=format_status(batch.status),
             total=counts.total or None,
             completed=counts.completed + counts.failed,
             note=_describe(progress),
