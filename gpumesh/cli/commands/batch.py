@@ -95,7 +95,7 @@ def submit(
 ) -> None:
     """Store a file of requests as a batch, and print its id. The running mesh works on it, or the next one that runs.
 
-    The file has OpenAI's batch lines (custom_id, method, url, body), the JSON lines of `gpumesh run -f`, or a prompt on
+    The file has OpenAI's batch lines (custom_id, method, url, body), the JSON lines of `run -f`, or a prompt on
     each line. A wrong line is reported by its number, and the others are sent; the exit code is 3 then.
 
     \b

@@ -83,7 +83,7 @@ def _list_facts(progress: BatchProgress, now: float) -> Iterator[tuple[str, str]
         yield "window", f"ends in {format_duration(batch.expires_at - now)}"
     else:
         yield "window", "has passed: what has no result by now fails"
-    yield "sent to", "the mesh, as prompts of `gpumesh run -f`" if _is_prompts(batch) else batch.new.endpoint
+    yield "sent to", "the mesh, as prompts" if _is_prompts(batch) else batch.new.endpoint
     if batch.new.owner:
         yield "key", batch.new.owner
     retried_count = counts.failed + counts.unfinished

@@ -51,7 +51,7 @@ def test_one_batch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         "rate       34/s, about 13m left",
         "under way  8 now; 25,868 wait",
         "window     ends in 24h",
-        "sent to    the mesh, as prompts of `gpumesh run -f`",
+        "sent to    the mesh, as prompts",
         "results    21 MiB: `gpumesh batch results batch_6f3a` prints them",
     ]
     print_batch(BatchProgress(ENDED), NOW)
