@@ -1,4 +1,4 @@
-"""Finds the batches that a person means: by their ids, by the begins of their ids, or the latest."""
+"""Finds the batches that a person means: by their ids, by the beginnings of their ids, or the latest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpumesh.errors import BatchNotFound, UsageError
 from gpumesh.text.sentences import join_some
 
 ID_PREFIX = "batch_"
-MAX_LISTED = 1000  # the latest batches, among which the begin of an id is looked for
+MAX_LISTED = 1000  # the latest batches, among which the beginning of an id is looked for
 _HINT = "`gpumesh batch list` shows all batches of this mesh.yaml"
 
 
@@ -23,13 +23,13 @@ async def find_batch(store: BatchStore, text: str | None) -> Batch:
     try:
         return await store.get_batch(text)
     except BatchNotFound as error:
-        begin = text if text.startswith(ID_PREFIX) else ID_PREFIX + text
-        matches = [batch for batch in await store.list_batches(limit=MAX_LISTED) if batch.id.startswith(begin)]
-        if not matches or begin == ID_PREFIX:
+        beginning = text if text.startswith(ID_PREFIX) else ID_PREFIX + text
+        matches = [batch for batch in await store.list_batches(limit=MAX_LISTED) if batch.id.startswith(beginning)]
+        if not matches or beginning == ID_PREFIX:
             raise BatchNotFound(f"there is no batch {text!r}", hint=_HINT) from error
     if len(matches) > 1:
         ids = join_some([batch.id for batch in matches], 4)
-        raise UsageError(f"{text!r} is the begin of several batches: {ids}", hint=_HINT)
+        raise UsageError(f"{text!r} is the beginning of several batches: {ids}", hint=_HINT)
     return matches[0]
 
 

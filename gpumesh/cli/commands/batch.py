@@ -34,13 +34,13 @@ BatchArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="BATCH",
-        help="The id or its begin; the latest batch if not given.",
+        help="The id or its beginning; the latest batch if not given.",
         autocompletion=completion.complete_batches,
     ),
 ]
 BatchesArgument = Annotated[
     list[str],
-    typer.Argument(metavar="BATCH...", help="The ids or their begins.", autocompletion=completion.complete_batches),
+    typer.Argument(metavar="BATCH...", help="The ids or their beginnings.", autocompletion=completion.complete_batches),
 ]
 JsonOption = Annotated[bool, json_option("As JSON: gpumesh.batch/1.")]
 

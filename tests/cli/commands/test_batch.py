@@ -159,7 +159,7 @@ def test_an_error_with_one_batch_does_not_stop_the_others(config: Path) -> None:
     cancelled = invoke("batch", "cancel", first, "none", second, code=2)
     assert cancelled.out.splitlines() == [
         f"{first} is cancelled: 1 of 2 requests have a result",
-        f"{second} is cancelled: 0 of 1 request have a result",
+        f"{second} is cancelled: 0 of 1 requests have a result",
     ]
     assert invoke("batch", "cancel", first).out == f"{first} is cancelled already\n"
     followed = invoke("batch", "results", first, "--follow", code=1)
@@ -182,6 +182,13 @@ def test_the_store_cannot_be_used(config: Path) -> None:
     for words in (["list"], ["show"], ["results"], ["cancel", "x"]):
         assert f"the store of batches {file} cannot be used" in invoke("batch", *words, code=1).err
     assert file.read_bytes() == b"no database" * 1000
+
+
+def test_redis_is_away(config: Path) -> None:
+    config.write_text(f"{MESH_YAML}redis: {{url: 'redis://127.0.0.1:9/0'}}\n")
+    Path("in.txt").write_text("one\n")
+    for words in (["submit", "in.txt"], ["list"], ["results", "--follow"]):
+        assert "Redis at 127.0.0.1:9 cannot be used for batches" in invoke("batch", *words, code=1).err
 
 
 async def test_a_mesh_works_on_a_batch_while_it_is_watched(direct: SimulatedMesh) -> None:

@@ -37,7 +37,7 @@ def describe_retry(before: Batch, after: Batch) -> str:
     count = before.counts.failed + before.counts.unfinished
     if not count:
         return f"{before.id}: nothing to send again, each request is answered"
-    return f"{after.id}: {count:,} of {_count(after.counts.total, 'request')} to be sent again"
+    return f"{after.id}: {count:,} of {after.counts.total:,} requests to be sent again"
 
 
 def describe_cancel(before: Batch, after: Batch) -> str:
@@ -47,7 +47,7 @@ def describe_cancel(before: Batch, after: Batch) -> str:
     if before.status is BatchStatus.CANCELLED:
         return f"{after.id} is cancelled already"
     done = after.counts.completed + after.counts.failed
-    return f"{after.id} is cancelled: {done:,} of {_count(after.counts.total, 'request')} have a result"
+    return f"{after.id} is cancelled: {done:,} of {after.counts.total:,} requests have a result"
 
 
 def describe_removal(before: Batch, _after: Batch) -> str:
