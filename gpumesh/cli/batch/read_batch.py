@@ -59,6 +59,6 @@ def _print_store_away(options: GlobalOptions) -> Callable[[GPUMeshError], None]:
 
     def print_error(error: GPUMeshError) -> None:
         if not options.quiet:
-            typer.echo(clean_line(f"{error.message}; waiting for it"), err=True)
+            typer.echo(clean_line(f"{error.message.rstrip('.')}; waiting for it"), err=True)
 
     return print_error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from gpumesh.batches.base import BatchStore
 from gpumesh.batches.sqlite.store import SqliteBatchStore
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchStatus, NewBatch, Result
+from gpumesh.cli.batch.changes import cancel_batch, remove_batch
 from gpumesh.cli.batch.follow import PatientReader, copy_results, follow_progress, follow_results
-from gpumesh.errors import BatchNotFound, BatchStoreError
+from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError
 
 REQUESTS = 500
 
@@ -77,6 +79,22 @@ async def test_progress_ends_with_the_batch_or_when_it_is_removed(store: BatchSt
     await store.delete_batch(batch.id)
     with pytest.raises(BatchNotFound):
         await anext(follow_progress(store, batch.id, eager_reader()))
+
+
+async def test_a_file_is_removed_with_the_last_batch_of_the_command_line_that_has_it(store: BatchStore) -> None:
+    first = await make_batch(store)
+    new = first.new
+    second = await validate_batch(store, (await store.create_batch(new)).id)
+    of_key = await validate_batch(store, (await store.create_batch(replace(new, owner="nightly"))).id)
+    with pytest.raises(BatchConflict, match="has not ended yet"):
+        await remove_batch(store, first)
+    for batch in (first, second, of_key):
+        await remove_batch(store, await cancel_batch(store, batch))
+        assert [file.id for file in await store.list_files()] == [new.input_file_id]
+    third = await cancel_batch(store, await validate_batch(store, (await store.create_batch(new)).id))
+    assert third.status is BatchStatus.CANCELLED
+    await remove_batch(store, third)
+    assert await store.list_files() == []
 
 
 async def test_a_store_that_is_away_is_waited_for_and_told_once_each_time() -> None:
