@@ -370,6 +370,7 @@ batch delete batch_1                batch rm batch_1
 batch pause batch_1                 ? batch cancel
 batch show -f batch_1               ? batch show
 batch results --json                ? batch show
+batch submit -f prompts.jsonl       ? batch submit
 """
 ROWS = [
     tuple(re.split(r"\s{2,}", line, maxsplit=1)) for line in GUESSES.strip().splitlines() if not line.startswith("#")

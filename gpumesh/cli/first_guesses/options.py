@@ -15,6 +15,7 @@ _CHAT = "a conversation is `gpumesh chat MODEL`; `gpumesh run MODEL PROMPT` answ
 _UP = "nothing is built here: `gpumesh up -d` starts the mesh and returns when it serves"
 _POOL_UP = "a pool runs in the mesh, in the background: `gpumesh pool up NAME` returns when it is ready"
 _POOL_WATCH = "`gpumesh status -w` stays and shows the pool as a node; `gpumesh pool status` shows it once"
+_BATCH_FILE = "the file needs no option: `gpumesh batch submit FILE`, or - for standard input"
 _BATCH_WATCH = "`gpumesh batch show --watch` stays until it has ended; `gpumesh batch results --follow` prints results"
 _BATCH_FOLLOW = "`gpumesh batch results --follow` stays until it has ended; `gpumesh batch show --watch` shows progress"
 _COMPLETION = "the shell's name needs no option: `gpumesh completion bash`"
@@ -28,6 +29,7 @@ OPTION_POINTERS: Mapping[tuple[str, str], str] = {
     **dict.fromkeys([("status", name) for name in ("-f", "--follow")], "`gpumesh status -w` stays and shows changes"),
     **dict.fromkeys([("pool up", name) for name in ("-d", "--detach", "--background")], _POOL_UP),
     **dict.fromkeys([("pool status", name) for name in ("-w", "--watch", "-f", "--follow")], _POOL_WATCH),
+    **dict.fromkeys([("batch submit", name) for name in ("-f", "--file")], _BATCH_FILE),
     **dict.fromkeys([("batch show", name) for name in ("-f", "--follow")], _BATCH_WATCH),
     **dict.fromkeys([("batch results", name) for name in ("-w", "--watch")], _BATCH_FOLLOW),
     ("batch results", "--json"): "results are JSON lines in any case; `gpumesh batch show --json` has their counts",
