@@ -44,23 +44,27 @@ def around(inner: bytes, size: int, *, before: bytes = b'"messages":[', after: b
 @cache
 def empties() -> bytes:
     """Made at the first use: each process that only collects this module would hold its 128 MiB."""
-    return around(b"[[],[]],", 128 * MIB)
+    return empty_lists(128 * MIB)
+
+
+def empty_lists(size: int) -> bytes:
+    return around(b"[[],[]],", size)
 
 
 BODIES: dict[str, Callable[[], bytes]] = {
-    "empty lists": empties,
+    "empty lists": lambda: empty_lists(64 * MIB),
     "an image": lambda: around(
-        base64.b64encode(os.urandom(3 * MIB)), 128 * MIB, before=b'"messages":[{"images":["', after=b'"]}]'
+        base64.b64encode(os.urandom(3 * MIB)), 64 * MIB, before=b'"messages":[{"images":["', after=b'"]}]'
     ),
-    "messages": lambda: around(b'{"role":"user","content":"hi"},', 100 * MIB),
+    "messages": lambda: around(b'{"role":"user","content":"hi"},', 48 * MIB),
     "keys": lambda: around(
-        b",".join(b'"%d":[1]' % number for number in range(99_999)) + b",", 64 * MIB, before=b'"x":{', after=b'"":1}'
+        b",".join(b'"%d":[1]' % number for number in range(99_999)) + b",", 32 * MIB, before=b'"x":{', after=b'"":1}'
     ),
-    "escapes": lambda: around(b"\\u0041\\ud800", 100 * MIB, before=b'"prompt":"', after=b'"'),
-    "no UTF-8": lambda: around(b"\xff\xfe\x80 ", 100 * MIB, before=b'"prompt":"', after=b'"'),
-    "digits": lambda: around(b"1234567", 64 * MIB, before=b'"x":', after=b""),
-    "depth": lambda: around(b"[" * 9000 + b"]" * 9000 + b",", 64 * MIB),
-    "objects in objects": lambda: around(b'{"a":' * 9000 + b"1" + b"}" * 9000 + b",", 64 * MIB),
+    "escapes": lambda: around(b"\\u0041\\ud800", 48 * MIB, before=b'"prompt":"', after=b'"'),
+    "no UTF-8": lambda: around(b"\xff\xfe\x80 ", 48 * MIB, before=b'"prompt":"', after=b'"'),
+    "digits": lambda: around(b"1234567", 32 * MIB, before=b'"x":', after=b""),
+    "depth": lambda: around(b"[" * 9000 + b"]" * 9000 + b",", 32 * MIB),
+    "objects in objects": lambda: around(b'{"a":' * 9000 + b"1" + b"}" * 9000 + b",", 32 * MIB),
 }
 
 
