@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import importlib
 import subprocess
 import sys
@@ -21,13 +22,17 @@ def help_text(*words: str) -> str:
     return result.output
 
 
-def leaves(command: Any = None, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+@functools.cache
+def leaves() -> list[tuple[tuple[str, ...], Any]]:
     """Every command without subcommands, with the words that call it."""
-    command = command or get_command(app)
+    return leaves_of(get_command(app), ())
+
+
+def leaves_of(command: Any, words: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any]]:
     commands = dict(getattr(command, "commands", {}))
     if not commands:
         return [(words, command)]
-    return [leaf for name, inner in commands.items() for leaf in leaves(inner, (*words, name))]
+    return [leaf for name, inner in commands.items() for leaf in leaves_of(inner, (*words, name))]
 
 
 def test_help_lists_every_command_and_imports_none() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,9 @@ import pytest_asyncio
 from gpumesh.lab.profile import QWEN_7B
 from tests.cli.meshes import SimulatedMesh, background_mesh, quick_host
 from tests.prerequisites import needs
+from tests.real.command import GPUMESH
 from tests.real.shells import SHELLS, shell
+from tests.real.warm_commands import warm_commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
@@ -56,7 +57,7 @@ def mesh(running_mesh: SimulatedMesh, tmp_path: Path) -> SimulatedMesh:
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
 async def test_what_a_host_calls_its_models_never_runs(mesh: SimulatedMesh, kind: str) -> None:
-    async with shell(mesh.gpumesh, kind) as shown:
+    async with shell(mesh.gpumesh, kind, warm=True) as shown:
         for name in HOSTILE:
             typed = name[:2]
             assert await shown.complete(f"run -m {typed}") == ["run", "-m", typed], name
@@ -69,7 +70,7 @@ async def test_what_a_host_calls_its_models_never_runs(mesh: SimulatedMesh, kind
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
 async def test_honest_names_complete(mesh: SimulatedMesh, kind: str) -> None:
     (mesh.gpumesh.home / "other mesh.yaml").touch()
-    async with shell(mesh.gpumesh, kind) as shown:
+    async with shell(mesh.gpumesh, kind, warm=True) as shown:
         if kind == "bash":
             assert await shown.complete("run -m qwen2.5:7") == ["run", "-m", "qwen2.5:7b"]
             await shown.run("COMP_WORDBREAKS=${COMP_WORDBREAKS//:}")  # as npm's completion does
@@ -118,20 +119,11 @@ async def test_nothing_else_leaves_for_a_shell(mesh: SimulatedMesh, protocol: st
             _TYPER_COMPLETE_ARGS=line,
             _TYPER_COMPLETE_FISH_ACTION="get-args",
         )
-        process = await asyncio.create_subprocess_exec(
-            "gpumesh", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-            env={**environment, "PATH": f"{_scripts()}:{environment['PATH']}"}, cwd=gpumesh.home,
-        )  # fmt: skip
-        said = (await process.communicate())[0].decode()
-        assert process.returncode == 0
+        code, out, _ = await warm_commands().run((str(GPUMESH),), env=environment, cwd=gpumesh.home, stdin=None)
+        said = out.decode()
+        assert code == 0
         assert "touch" not in said, said
         for name in EXPANDED:
             assert not name or name == "--help" or name not in said, said
         if line.endswith(" "):
             assert all(name.replace(":", "") in said.replace("\\", "").replace(":", "") for name in HONEST), said
-
-
-def _scripts() -> Path:
-    from tests.real.command import GPUMESH
-
-    return GPUMESH.parent
