@@ -43,8 +43,8 @@ _MISSING = _answer(b'{"error":"not found"}').replace(b"200 OK", b"404 Not Found"
 class SlotServer:
     """One server with so many slots. ``order`` are the prompts in the order in which they got a slot.
 
-    ``waited`` counts the requests that had to wait here. ``most_waiting`` and ``most_running`` are the largest numbers at
-    one moment.
+    ``waited`` counts the requests that had to wait here. ``most_waiting`` and ``most_running`` are the largest numbers
+    at one moment.
     """
 
     def __init__(self, slots: int) -> None:

@@ -56,7 +56,7 @@ async def test_the_user_of_the_documentation_may_do_all_that_is_needed(
     [line] = [line for line in page.splitlines() if line.startswith("ACL SETUSER")]
     monkeypatch.setenv("WORD", "PASSWORD")
     async with redis_server(tmp_path, "--appendonly", "yes") as server:
-        server.client().execute_command(*line.split())
+        server.client().execute_command(*line.split())  # type: ignore[no-untyped-call]
         spec = RedisSpec(server.url.replace("unix://", "unix://gateway@"), "WORD")
         report = await check_redis(spec, "home")
         assert report.problems == ()

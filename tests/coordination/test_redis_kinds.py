@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.exceptions import ResponseError
 
-from gpumesh.config.value_parsers import parse_redis_url
+from gpumesh.config.redis_url import parse_redis_url
 from gpumesh.coordination.redis_urls import moved_address, read_address
 from gpumesh.errors import UsageError
 from tests.coordination.redis_server import free_port, gateway, redis_server, request
