@@ -1,8 +1,9 @@
-"""Coordination over Redis of several gateways that use the same GPUs: each tells the others its requests in flight.
+"""Coordination of several gateways that use the same GPUs, over a Redis that they share.
 
-So two gateways do not send their requests to one node while another node idles. Without Redis, or while Redis is away,
-each gateway works alone.
+They share the places on the nodes, so that no request waits inside a server, and a freed place goes to the best waiting
+request of all gateways. They also tell each other facts and messages. Without Redis, or while Redis is away, each
+gateway works alone.
 
-Gateways publish counts only: no prompt, no model, no address. Redis stores nothing. A message of another gateway is
-hostile until parsed.
+The script in ``lua/`` decides, and what it stores expires: counts, costs, hashes of clients' names, facts; no prompt and
+no answer. What comes from Redis or from another gateway is hostile until parsed.
 """

@@ -6,16 +6,14 @@ Both are MessagePack. What Redis sends is hostile until it is decoded here: deco
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
+from typing import Annotated
 
 import msgspec
-
-from gpumesh.balancer.base import Priority
-from gpumesh.balancer.fairness.lane import RANKS
 
 NO_LIMIT = -1
 DO_NOT_ASK = -1  # as ``facts_version``: the facts of others are not wanted this time
 
-PRIORITIES = {rank: priority for priority, rank in RANKS.items()}
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Standing(IntEnum):
@@ -91,11 +89,11 @@ class Mail(msgspec.Struct, frozen=True, array_like=True):
     """``number`` counts the mail of one session. ``rank`` is the class of the request that got a place; ``others``
     then are the places of the other gateways."""
 
-    number: int
+    number: Count
     kind: MailKind
     key: str
-    rank: int
-    others: int
+    rank: Count
+    others: Count
 
 
 class KeyReply(msgspec.Struct, frozen=True, array_like=True):
@@ -103,10 +101,10 @@ class KeyReply(msgspec.Struct, frozen=True, array_like=True):
     theirs wait. ``granted``: one for each of ``takes``. ``grants``: the classes of the heads that got a place."""
 
     standing: Standing
-    others: int
+    others: Count
     others_wait: bool
     granted: list[bool]
-    grants: list[int]
+    grants: list[Count]
 
 
 class StepReply(msgspec.Struct, frozen=True):
@@ -141,7 +139,3 @@ encode_request = msgspec.msgpack.Encoder().encode
 decode_reply = msgspec.msgpack.Decoder(StepReply).decode
 decode_mail = msgspec.msgpack.Decoder(PublishedMail).decode
 decode_message = msgspec.msgpack.Decoder(PublishedMessage).decode
-
-
-def rank_of(priority: Priority) -> int:
-    return RANKS[priority]

@@ -14,12 +14,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
+
 from gpumesh.audit.identity import store_fingerprint
 from gpumesh.backends import safe_json
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, find_counters
-from gpumesh.coordination.peers import Peers
-from gpumesh.coordination.peers import decode_loads as decode_peer
+from gpumesh.coordination.step_messages import decode_mail, decode_message, decode_reply
 from gpumesh.daemon.control_socket import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.event_loop.slice_queue import SLICE_BYTES
@@ -317,19 +318,25 @@ def _result_of(work: Generator[None, None, T]) -> T:
             return result
 
 
-def _peer(pieces: Sequence[bytes]) -> None:
-    data = b"".join(pieces)
-    peers = Peers("me")
-    peers.receive(data, 0.0)
-    peers.total_load("GPU-1/qwen2.5:7b", 1.0)
-    decode_peer(data)
-
-
 def _status(pieces: Sequence[bytes]) -> None:
     document = safe_json.parse_object(b"".join(pieces))
     if document is not None:
         status_from_json(document)
 
+
+_STEP_REPLIES = (
+    msgspec.msgpack.encode({"is_known": False}),
+    msgspec.msgpack.encode(
+        {
+            "is_known": True,
+            "keys": [[0, 1, True, [True, False], [2]]],
+            "mail": [[1, "share", "GPU-1", 0, 0]],
+            "gateways": ["other"],
+            "facts_version": 3,
+            "facts": [["other", "topic", "text"]],
+        }
+    ),
+)
 
 _STATUS = (
     b'{"schema":"gpumesh.status/1","mesh":"home","at":"2026-11-24T04:10:00Z","gateway":{"url":null,"state":"serving",'
@@ -378,8 +385,12 @@ TARGETS: dict[str, FuzzTarget] = {
     ),
     "request-body": FuzzTarget(_request, REQUESTS, (BadRequest,)),
     "http-request": FuzzTarget(_http_requests, _HTTP_REQUESTS),
-    "peer-message": FuzzTarget(
-        _peer, (b'{"v":1,"gateway":"a","loads":{"GPU-1/qwen2.5:7b":2},"leaving":false}',), (ValueError,)
+    "redis-step": FuzzTarget(_whole(decode_reply), _STEP_REPLIES, (ValueError,)),
+    "redis-mail": FuzzTarget(
+        _whole(decode_mail), (msgspec.msgpack.encode([1, [2, "grant", "GPU-1", 0, 3]]),), (ValueError,)
+    ),
+    "redis-message": FuzzTarget(
+        _whole(decode_message), (msgspec.msgpack.encode(["gateway", "topic", "text"]),), (ValueError,)
     ),
     "control-request": FuzzTarget(
         _whole(messages.decode_request),
