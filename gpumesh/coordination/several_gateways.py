@@ -80,12 +80,22 @@ class SeveralGateways:
 
     async def take(self, key: str, request: PlaceRequest) -> bool:
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        take = self._places.take(key, request, answer.set_result)
+
+        def give_back() -> None:
+            self._places.release(key, request.priority, request.client, -request.cost)
+
+        def settle(is_granted: bool) -> None:
+            if not answer.done():
+                answer.set_result(is_granted)
+            elif is_granted:  # this task was cancelled, and has not run since
+                give_back()
+
+        take = self._places.take(key, request, settle)
         try:
             return await answer
         except asyncio.CancelledError:
             if answer.done() and not answer.cancelled() and answer.result():
-                self._places.release(key, request.priority, request.client, -request.cost)
+                give_back()
             elif take is not None:
                 self._places.cancel(key, take)
             raise

@@ -145,6 +145,17 @@ async def test_a_cancelled_take_gives_its_place_back(redis: RedisServer) -> None
         assert await one.take()
 
 
+async def test_a_take_that_is_cancelled_just_before_its_answer_gives_its_place_back(redis: RedisServer) -> None:
+    async with gateway(redis.url) as one:
+        task = asyncio.create_task(one.places.take(KEY, request()))
+        await asyncio.sleep(0)
+        task.cancel()  # it has not run since, when the answer comes
+        one.places._places.go_alone()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+        assert one.places._places.held() == {}
+
+
 async def test_a_gateway_that_ends_leaves_its_places_at_once(redis: RedisServer) -> None:
     timing = replace(SHORT, dead_s=60.0, own_s=50.0)
     async with gateway(redis.url, timing=timing) as two:
