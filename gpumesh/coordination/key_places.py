@@ -174,8 +174,9 @@ class KeyPlaces:
         self.others = reply.others
         self._others_wait = reply.others_wait
         if reply.standing is Standing.OWNED_BY_OTHER:
-            self.owns, self.is_closed = False, True
+            self.owns = False
             self._parked += takes
+            self.is_closed = bool(self._parked) or (self.is_closed and bool(self.heads))
             self.expire_takes(now)
         else:
             self.owns = reply.standing is Standing.OWN and not self._gives_up
@@ -227,6 +228,7 @@ class KeyPlaces:
         """Denies the takes that have waited long enough for the owner of the key."""
         for take in [take for take in self._parked if take.wait_until <= now]:
             self._parked.remove(take)
+            self.is_closed = True
             self._settle(take, is_granted=False)
 
     def next_expiry(self) -> float | None:

@@ -47,7 +47,7 @@ class Places:
         self._own_until = 0.0  # until then this gateway may rely on using keys alone
         self._next_heartbeat_at = 0.0
         self._soon_at: float | None = None  # when places that were given back are told at the latest
-        self._wants_mail = False  # mail was missed: the next step brings it
+        self._wants_step = False  # the next step brings what was missed
 
     def __repr__(self) -> str:
         return f"<Places {self.state} session {self.session}, {len(self._keys)} keys>"
@@ -138,7 +138,7 @@ class Places:
 
     def next_step_at(self) -> float:
         """When a step is due; in the past if there is something to tell already."""
-        has_news = self._wants_mail or any(places.is_dirty for places in self._keys.values())
+        has_news = self._wants_step or any(places.is_dirty for places in self._keys.values())
         if has_news or self.state is LinkState.JOINING:
             return 0.0
         return self._next_heartbeat_at if self._soon_at is None else min(self._soon_at, self._next_heartbeat_at)
@@ -170,7 +170,7 @@ class Places:
         self._sent = [places for places in self._keys.values() if is_heartbeat or places.is_dirty or places.tells_soon]
         self._forgotten = [places for places in self._sent if places.is_idle(now, self._timing.forget_s)]
         self._sent_at = now
-        self._wants_mail = False
+        self._wants_step = False
         return [
             places.build_message(now, is_heartbeat=is_heartbeat, forgets=places in self._forgotten)
             for places in self._sent
@@ -206,8 +206,7 @@ class Places:
         if session != self.session or mail.number <= self.seen or self.state is LinkState.ALONE:
             return set()
         if mail.number > self.seen + 1 or self.state is LinkState.JOINING:  # too early: the next step brings it again
-            self._wants_mail = True
-            self._on_wanted()
+            self.want_step()
             return set()
         self.seen = mail.number
         if mail.kind is MailKind.SYNC:
@@ -225,6 +224,12 @@ class Places:
             places.take_again()
         self._mark(places)
         return {mail.key}
+
+    def want_step(self) -> None:
+        """Lets a step be done at once, although nothing has changed here."""
+        if self.state is not LinkState.ALONE:
+            self._wants_step = True
+            self._on_wanted()
 
     def return_unused_grants(self) -> None:
         """Gives back the places that were granted and that the mesh did not take."""

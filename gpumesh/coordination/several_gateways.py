@@ -22,6 +22,7 @@ from gpumesh.coordination.redis_connection import MovedAway, RedisConnection
 from gpumesh.coordination.redis_exchange import RedisExchange
 from gpumesh.coordination.redis_urls import ReadPassword, RedisAddress, read_address
 from gpumesh.coordination.step_messages import (
+    PublishedMessage,
     StepRequest,
     decode_mail,
     decode_message,
@@ -38,6 +39,8 @@ E = TypeVar("E", bound=BaseException)
 
 VERSION = 1  # of the keys and the messages
 ALL_CHANNEL = "all"
+# A gateway has registered. If Redis has been flushed, the others must tell at once what they hold.
+JOINED_TOPIC = "joined"
 MAX_MOVES = 3  # so often in a row a Redis Cluster may send this gateway to another of its servers
 MAX_UNKNOWN = 5  # so often in a row a step may be answered that this gateway is not known
 
@@ -227,10 +230,17 @@ class SeveralGateways:
         async with contextlib.aclosing(connection.receive()) as items:
             async for channel, data in items:
                 if channel == ALL_CHANNEL:
-                    self.exchange.receive(decode_message(data))
+                    self._receive_message(decode_message(data))
                 else:
                     published = decode_mail(data)
                     self._look_again(self._places.receive(published.session, published.mail))
+
+    def _receive_message(self, message: PublishedMessage) -> None:
+        if message.topic == JOINED_TOPIC:
+            if message.gateway != self.exchange.gateway:
+                self._places.want_step()
+        else:
+            self.exchange.receive(message)
 
     def _look_again(self, keys: Collection[str]) -> None:
         """Lets the mesh look at these keys, and gives back what it was granted there and does not take."""

@@ -66,8 +66,10 @@ async def test_a_place_that_others_do_not_want_any_more_is_used_alone_again(redi
         assert not await two.take()
         await wait_until(lambda: one.places.shared_keys() == [], "the other one has not used it for a while")
         one.release()
-        assert await one.take()
+        await asyncio.sleep(SHORT.heartbeat_s * 3)
         assert one.places.take_now(KEY)
+        assert two.has_room(2), "it may ask for a place"
+        assert await two.take(request(2))
 
 
 async def test_a_freed_place_goes_to_the_best_request_of_all_gateways(redis: RedisServer) -> None:
@@ -138,7 +140,8 @@ async def test_a_cancelled_take_gives_its_place_back(redis: RedisServer) -> None
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
-            if await asyncio.gather(task, return_exceptions=True) == [True]:  # it had ended before
+            [answer] = await asyncio.gather(task, return_exceptions=True)
+            if answer is True:  # it had ended before
                 two.places.release(KEY, Priority.NORMAL, "ann")
         await wait_until(lambda: two.has_room(1), "the place is known to be free")
         assert two.places._places.held() == {}
@@ -165,6 +168,18 @@ async def test_a_gateway_that_ends_leaves_its_places_at_once(redis: RedisServer)
             two.wait(request())
             await asyncio.sleep(0.03)
         await wait_until(lambda: two.held == 1, "its place is free")
+
+
+async def test_after_a_flush_all_gateways_tell_at_once_what_they_hold(redis: RedisServer) -> None:
+    timing = replace(SHORT, heartbeat_s=60.0, dead_s=90.0, own_s=80.0)
+    async with gateway(redis.url, timing=timing) as one, gateway(redis.url, timing=timing) as two:
+        assert await one.take()
+        assert not await two.take()
+        redis.client().flushall()
+        two.places.exchange.send("topic", "any step")
+        await wait_until(lambda: two.places._places.session == 2 and one.places._places.session == 2, "both are back")
+        await wait_until(lambda: two.is_joined and one.is_joined, "both have joined")
+        assert not await two.take()
 
 
 async def test_meshes_of_other_names_share_nothing(redis: RedisServer) -> None:

@@ -37,6 +37,7 @@ if request.registers then
   remove_gateway(me)
   sessions[me] = request.session
   boxes[me] = {session = request.session, last = 0, items = {}, is_changed = true}
+  redis.call('PUBLISH', prefix .. 'all', cmsgpack.pack({me, 'joined', ''}))
 elseif sessions[me] ~= request.session then
   return cmsgpack.pack({is_known = false})
 end
