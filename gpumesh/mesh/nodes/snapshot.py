@@ -91,6 +91,7 @@ class SnapshotBuilder:
         self._coordination = coordination
         self._coordination_key = coordination_key(spec, prober.reports)
         self._coordination_key_reports = prober.reports  # the reports from which the key was computed
+        self._has_gpu_key = False  # whether the key names GPUs
         self._learned: tuple[LearnedState, ...] = ()
         self._learned_version: tuple[int, bool, int | None] | None = None  # what ``_learned`` was built from
 
@@ -167,11 +168,17 @@ class SnapshotBuilder:
 
     @property
     def coordination_key(self) -> str:
-        """The key of the last reports. It is computed again only when the reports have changed."""
+        """The key of the last reports. It is computed again only when the reports have changed.
+
+        While the GPUs are not known any more, because nvidia-smi has just failed or the tunnel is new, the key stays as
+        it was: the other gateways still have that key for them."""
         reports = self._prober.reports
         if reports is not self._coordination_key_reports:
-            self._coordination_key = coordination_key(self.spec, reports)
             self._coordination_key_reports = reports
+            sees_gpus = reports.gpus is not None and bool(reports.gpus.gpus)
+            if sees_gpus or not self._has_gpu_key:
+                self._coordination_key = coordination_key(self.spec, reports)
+                self._has_gpu_key = sees_gpus
         return self._coordination_key
 
     # -- for people ----------------------------------------------------------------------------------------------

@@ -218,3 +218,9 @@ async def test_the_coordination_key_follows_the_reports(desk: SnapshotDesk) -> N
     assert desk.builder.coordination_key == f"{gethostname()}/{TARGET.url}"
     desk.set_up(replace(PROBED, gpus=gpus("GPU-1")))
     assert desk.builder.coordination_key == "GPU-1"
+    desk.set_up(replace(PROBED, gpus=GpuReport()))
+    assert desk.builder.coordination_key == "GPU-1", "nvidia-smi has failed, and others still see the GPU"
+    desk.set_up(PROBED)
+    assert desk.builder.coordination_key == "GPU-1", "the tunnel is new"
+    desk.set_up(replace(PROBED, gpus=gpus("GPU-2")))
+    assert desk.builder.coordination_key == "GPU-2"
