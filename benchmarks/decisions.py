@@ -111,7 +111,7 @@ def read_members(body: bytes) -> Members:
 
 
 def measure_prints() -> Iterator[Row]:
-    reader = PromptReader(os.urandom(16))
+    reader = PromptReader(PromptHasher(os.urandom(16)))
     for size, budget_us in ((4 << 10, 30.0), (32 << 10, None)):
         members = read_members(make_body(size))
         work = lambda members=members: reader.read_prompt(CHAT, members, KEY)  # noqa: E731

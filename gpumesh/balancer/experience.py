@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -12,7 +12,7 @@ from gpumesh.balancer.account import NodeAccount, PlacedRequest
 from gpumesh.balancer.base import Demand, ResidencyKey
 from gpumesh.balancer.fairness.client_counters import weighted_tokens
 from gpumesh.balancer.lengths import ExpectedLengths
-from gpumesh.balancer.prefixes import PrefixIndex
+from gpumesh.balancer.prefixes import PrefixIndex, PromptPrint
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN, count_read_tokens
 from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES
 from gpumesh.balancer.rates import ServiceRates
@@ -35,6 +35,8 @@ class Experience:
         self.fleet_rates = ServiceRates()
         """Learned from all nodes, and used for a node whose own rates were not measured yet."""
         self.prefixes = PrefixIndex()
+        self.on_prompt_placed: Callable[[str, ResidencyKey, PromptPrint], None] | None = None
+        """Called with the node, the key and the prompt of each request whose prompt is known, for other gateways."""
         self._fleet_learned_at = -math.inf  # when the fleet's rates learned last
         self._prompt_counts = TokenCounts(least_bytes=MIN_PROMPT_BYTES, may_hold_images=True)
         self._answer_counts = TokenCounts(least_bytes=MIN_ANSWER_BYTES, may_hold_images=False)
@@ -98,6 +100,8 @@ class Experience:
         node, session = placed.account.name, _session_id(placed.demand)
         if prompt is not None:
             self.prefixes.add(node, key, prompt, now)
+            if self.on_prompt_placed is not None:
+                self.on_prompt_placed(node, key, prompt)
         if session is not None:
             # The answer will be in the cache too. It is a part of the session's next prompt: most of that prompt, if
             # the first prompt was short.

@@ -6,7 +6,6 @@ and another context.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable
 from functools import partial
 
@@ -16,7 +15,7 @@ from msgspec.structs import replace
 from gpumesh.backends.body_pieces import COPY_BYTES, join_pieces
 from gpumesh.backends.model_member import replace_in_query
 from gpumesh.balancer.base import Demand, Priority
-from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES, MIN_SECRET_BYTES
+from gpumesh.balancer.prefixes.prints import FIRST_BLOCK_BYTES
 from gpumesh.errors import GPUMeshError, NoNodeError, ServersFailed
 from gpumesh.gateway import proxy
 from gpumesh.gateway.access.client_names import ClientNames
@@ -81,7 +80,7 @@ class ModelForwarder:
         self._rules = mesh.model_rules
         self._client_names = client_names
         self._quotas = quotas
-        self._prompts = PromptReader(os.urandom(MIN_SECRET_BYTES))
+        self._prompts = PromptReader(mesh.prompt_hasher)
         self.apply(mesh.topology.gateway)
 
     def apply(self, spec: GatewaySpec) -> None:

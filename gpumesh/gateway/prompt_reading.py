@@ -27,9 +27,8 @@ class PromptReader:
 
     __slots__ = ("_hasher",)
 
-    def __init__(self, secret: bytes) -> None:
-        """``secret``: random bytes of this process (``PromptHasher``)."""
-        self._hasher = PromptHasher(secret)
+    def __init__(self, hasher: PromptHasher) -> None:
+        self._hasher = hasher
 
     def read_prompt(self, route: ModelRoute, members: Members, key: Hashable) -> PromptPrint | None:
         """The print of the prompt of a small body, in one step. ``None`` if the prompt is shorter than one block, or if

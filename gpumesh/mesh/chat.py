@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +14,9 @@ from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.models.load_options import read_load_options
 from gpumesh.balancer.prefixes import PromptHasher
 from gpumesh.balancer.prefixes.cache_size import BYTES_PER_TOKEN
-from gpumesh.balancer.prefixes.prints import MIN_SECRET_BYTES
 from gpumesh.errors import BackendStatus, ModelMissing, NoNodeError, ServersFailed
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
-
-_hasher = PromptHasher(secrets.token_bytes(MIN_SECRET_BYTES))
-
 
 _MESSAGE_FORM = 'a text, or a list of dictionaries such as {"role": "user", "content": "hi"}, or of gpumesh.Message'
 
@@ -71,7 +66,9 @@ def _read_message(message: object, number: int) -> Message:
     return Message(role, content, tuple(images))
 
 
-def chat_demand(request: ChatRequest, *, node: str | None, priority: Priority, session: str | None) -> Demand:
+def chat_demand(
+    request: ChatRequest, hasher: PromptHasher, *, node: str | None, priority: Priority, session: str | None
+) -> Demand:
     """The demand of a chat. It knows the prompt, so that the next turn of a conversation goes to the node that has its
     beginning in memory."""
     key = read_load_options(request.options).residency_key(request.model)
@@ -84,7 +81,7 @@ def chat_demand(request: ChatRequest, *, node: str | None, priority: Priority, s
         session=session,
         prompt_tokens=int(len(prompt) / BYTES_PER_TOKEN),
         residency=key,
-        prompt=_hasher.hash_prompt(key, prompt),
+        prompt=hasher.hash_prompt(key, prompt),
     )
 
 

@@ -44,7 +44,7 @@ from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.mesh.running_nodes import RunningNodes
 from gpumesh.mesh.shared_places import SharedPlaces
-from gpumesh.mesh.sharing.fleet_sharing import share_fleet
+from gpumesh.mesh.sharing.factory import make_prompt_hasher, share_fleet
 from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import Finding, GatewayState, MeshState, compute_totals
 from gpumesh.topology import BackendKind, NodeSpec, Topology
@@ -76,6 +76,7 @@ class Mesh:
         self.topology = self.file_topology = topology  # with and without the nodes of running pools
         config.withhold_variables(topology.secret_variables)
         self.model_rules = ModelRules(topology.models)
+        self.prompt_hasher = make_prompt_hasher(topology)
         self.gateway = GatewayState()
         self._own_findings: dict[str, tuple[Finding, ...]] = {}
         self._clock = clock
@@ -113,7 +114,7 @@ class Mesh:
         has_others = topology.redis is not None
         places = SharedPlaces(self.fleet, self._scheduler, self._coordination, clock=clock) if has_others else None
         self._dispatcher = Dispatcher(self.fleet, self._scheduler, clock=clock, places=places)
-        self._sharing = share_fleet(self.topology, self.fleet, self.factory, self._count_requests)
+        self._sharing = share_fleet(topology, self.fleet, self.factory, self.prompt_hasher, self._count_requests)
         self._send_context = SendContext(self._upstream, self._dispatcher, clock, self._rng, self.fleet.explain_no_node)
 
     def __repr__(self) -> str:
@@ -367,7 +368,8 @@ class Mesh:
         """
         request = read_request(request, messages)
         node = self.fleet.require_known(node)
-        demands = self.model_rules.plan_models(chat_demand(request, node=node, priority=priority, session=session))
+        demand = chat_demand(request, self.prompt_hasher, node=node, priority=priority, session=session)
+        demands = self.model_rules.plan_models(demand)
         return ChatStream(self.send, request, demands, timeout_s or self.topology.gateway.timeout_s, resume=resume)
 
     # -- nodes ---------------------------------------------------------------------------------------------------

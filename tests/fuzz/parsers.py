@@ -20,6 +20,7 @@ from gpumesh.audit.identity import store_fingerprint
 from gpumesh.backends import safe_json
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, find_counters
+from gpumesh.balancer.prefixes import PromptHasher
 from gpumesh.coordination.step_messages import decode_mail, decode_message, decode_reply
 from gpumesh.daemon.control_socket import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
@@ -284,7 +285,7 @@ def _request(pieces: Sequence[bytes]) -> None:
     _PROMPTS.read_session({}, members)
 
 
-_PROMPTS = PromptReader(b"secret of a test")
+_PROMPTS = PromptReader(PromptHasher(b"secret of a test"))
 
 
 _OFFER = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"

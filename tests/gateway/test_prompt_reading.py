@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.prefixes import PromptPrint
+from gpumesh.balancer.prefixes import PromptHasher, PromptPrint
 from gpumesh.balancer.prefixes.prints import BLOCK_ENDS, STEP_BYTES, count_blocks
 from gpumesh.gateway.body_parsers.json_members import SMALL_BODY_BYTES, Members, read_small_members, scan_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.gateway.prompt_reading import MAX_HINT_BYTES, MAX_METADATA_BYTES, PromptReader
 
 T = TypeVar("T")
-READER = PromptReader(b"secret of a test")
+READER = PromptReader(PromptHasher(b"secret of a test"))
 KEY = ("m:latest", 8192)
 CHAT = "/api/chat"
 

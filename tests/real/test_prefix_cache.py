@@ -12,7 +12,7 @@ import pytest
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.dialects import find_counters
-from gpumesh.balancer.prefixes import PrefixIndex
+from gpumesh.balancer.prefixes import PrefixIndex, PromptHasher
 from gpumesh.balancer.prefixes.cache_size import HIT_SHARE, count_read_tokens
 from gpumesh.gateway.body_parsers.json_members import read_small_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES
@@ -68,7 +68,7 @@ async def test_it_counts_the_tokens_that_its_cache_had(
 
 
 async def test_a_conversation_is_in_the_cache_as_far_as_the_balancer_believes(server: httpx.AsyncClient) -> None:
-    reader, index, key = PromptReader(b"secret of a test"), PrefixIndex(), ("tiny:latest", None)
+    reader, index, key = PromptReader(PromptHasher(b"secret of a test")), PrefixIndex(), ("tiny:latest", None)
     index.set_capacity("a", key, slots=SLOTS, context_tokens=CONTEXT)
     messages = [{"role": "system", "content": "".join(f"Rule {number}: be brief. " for number in range(60))}]
     for turn in range(4):

@@ -7,5 +7,6 @@ text of a prompt, and imports of the balancer's other files: ``balancer/base.py`
 
 from gpumesh.balancer.prefixes.index import PrefixIndex
 from gpumesh.balancer.prefixes.prints import PromptHasher, PromptPrint
+from gpumesh.balancer.prefixes.shared_prints import SharedPromptHasher
 
-__all__ = ["PrefixIndex", "PromptHasher", "PromptPrint"]
+__all__ = ["PrefixIndex", "PromptHasher", "PromptPrint", "SharedPromptHasher"]

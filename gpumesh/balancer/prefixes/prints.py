@@ -55,7 +55,7 @@ def count_blocks(size: int) -> int:
 
 
 class PromptHasher:
-    """Makes the prints of prompts. Prints of two hashers cannot be compared."""
+    """Makes the prints of prompts. Prints of two hashers cannot be compared, except those of ``shared_prints.py``."""
 
     __slots__ = ("_secret",)
 

@@ -14,9 +14,18 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, Protocol
 
 from gpumesh import __version__
+from gpumesh.balancer.base import ResidencyKey
+from gpumesh.balancer.prefixes import PromptPrint
 from gpumesh.coordination.facts import messages
-from gpumesh.coordination.facts.messages import LearnedFigures, LearnedQuestion, Presence, ServerChange
+from gpumesh.coordination.facts.messages import (
+    LearnedFigures,
+    LearnedQuestion,
+    PlacedPrompts,
+    Presence,
+    ServerChange,
+)
 from gpumesh.coordination.facts.other_gateways import OtherGateways
+from gpumesh.coordination.facts.prompts import PromptTeller, hash_secret, read_prompt
 from gpumesh.text.printable import printable
 
 HEARTBEAT_S = 1.0  # less than a third of ``other_gateways.SILENT_S``
@@ -61,6 +70,12 @@ class MeshFacts(Protocol):
         """The servers that this gateway knows, and the time of what it has learned about each of them, in seconds since
         1970; 0 if it has learned nothing."""
 
+    def note_prompt(self, server: str, key: ResidencyKey, prompt: PromptPrint) -> None:
+        """Another gateway has sent the prompt to the server. Its hashes were made with the secret of this gateway."""
+
+    def note_prompt_secret(self, secret: bytes) -> None:
+        """From now on all gateways make their hashes of prompts with this secret."""
+
     def find_learned(self, server: str) -> LearnedFigures | None:
         """What this gateway has learned about the server; ``None`` if it has learned nothing, or has no such server."""
 
@@ -70,24 +85,30 @@ class MeshFacts(Protocol):
 
 class FactsExchange:
     """Exchanges facts with the other gateways while ``run`` runs. ``clock`` returns monotonic seconds, ``wall_clock``
-    seconds since 1970. ``host`` is this machine's name."""
+    seconds since 1970. ``host`` is this machine's name. Hashes of prompts are made with ``prompt_secret`` until an
+    older gateway is heard."""
 
     def __init__(
         self,
         channel: FactsChannel,
         mesh: MeshFacts,
         *,
+        gateway_id: str,
         host: str,
+        prompt_secret: bytes,
         clock: Callable[[], float],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.others = OtherGateways()
+        self.prompts = PromptTeller(prompt_secret)
         self._channel = channel
         self._mesh = mesh
+        self._id = gateway_id
         self._host = printable(host, messages.MAX_TEXT_CHARS)
         self._clock = clock
         self._since = wall_clock()
-        self._presence_wanted = asyncio.Event()
+        self._is_wanted = asyncio.Event()  # something is due
+        self._next_presence_at = clock()
         self._checked_at: dict[tuple[str, bool], float] = {}  # when a server was checked because it failed, or is up
         self._asked: dict[str, float] = {}  # what others ask: by server, the time of the figures that they have
         self._question_sent_at: float | None = None  # ``None``: the question is sent in the next turn of ``tick``
@@ -98,19 +119,24 @@ class FactsExchange:
     # -- what this gateway tells -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Sends a presence each second, until it is cancelled."""
+        """Sends what is due, until it is cancelled."""
         while True:
-            self._presence_wanted.clear()
+            self._is_wanted.clear()
             self.tick()
             await asyncio.sleep(MIN_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_S - MIN_INTERVAL_S):
-                    await self._presence_wanted.wait()
+                async with asyncio.timeout(max(self._next_presence_at - self._clock(), 0.0)):
+                    await self._is_wanted.wait()
 
     def tick(self) -> None:
         """Sends what is due now, and forgets the gateways that are silent."""
         now = self._clock()
         self.others.note_connection(is_up=self._channel.is_connected, now=now)
+        for prompts in self.prompts.take_messages():
+            self._send(prompts)
+        if now < self._next_presence_at:
+            return
+        self._next_presence_at = now + HEARTBEAT_S
         if self.others.forget_silent(now):
             self._mesh.note_gateways()
         self._send(self.own_presence())
@@ -119,16 +145,23 @@ class FactsExchange:
 
     def send_presence(self) -> None:
         """Sends the presence in a moment, because something in it has changed."""
-        self._presence_wanted.set()
+        self._next_presence_at = self._clock()
+        self._is_wanted.set()
 
     def own_presence(self) -> Presence:
         load = self._mesh.own_load()
         drained = tuple(sorted(load.drained))[: messages.MAX_SERVERS]
-        return Presence(self._host, os.getpid(), __version__, self._since, load.in_flight, load.queued, drained)
+        secret = self.prompts.secret.hex()
+        return Presence(self._host, os.getpid(), __version__, self._since, load.in_flight, load.queued, drained, secret)
 
     def tell_server_change(self, server: str, *, is_up: bool) -> None:
         """Tells the others that the server has just failed here, or answers again."""
         self._send(ServerChange(server, is_up))
+
+    def tell_prompt(self, server: str, key: ResidencyKey, prompt: PromptPrint) -> None:
+        """Tells the others in a moment that this prompt was sent to the server. Costs nothing while there are none."""
+        if self.others.is_any_heard and self.prompts.add(server, key, prompt):
+            self._is_wanted.set()
 
     def note_new_server(self) -> None:
         """This gateway knows another server: the others are asked what they have learned about it."""
@@ -176,6 +209,8 @@ class FactsExchange:
                 self._take_question(message)
             case LearnedFigures():
                 self._take_figures(message)
+            case PlacedPrompts():
+                self._take_prompts(message)
 
     def note_gone(self, gateway: str) -> None:
         """The gateway has ended, and said so to Redis."""
@@ -186,8 +221,28 @@ class FactsExchange:
         is_new = not self.others.knows(gateway)
         if self.others.receive(gateway, presence, self._clock()):
             self._mesh.note_gateways()
+        self._follow_secret()
         if is_new:
             self.send_presence()  # so that a gateway that has just begun need not wait to know this one
+
+    def _take_prompts(self, message: PlacedPrompts) -> None:
+        if message.prompt_secret == hash_secret(self.prompts.secret):
+            for prompt in message.prompts:
+                known = read_prompt(prompt)
+                if known is not None:
+                    self._mesh.note_prompt(prompt.server, *known)
+
+    def _follow_secret(self) -> None:
+        """Takes over the secret of the gateway that began first, if that is not this one."""
+        eldest = min(self.others.presences().items(), key=lambda item: (item[1].since, item[0]), default=None)
+        if eldest is None:
+            return
+        gateway, presence = eldest
+        secret = presence.prompt_secret
+        if secret is None or (self._since, self._id) < (presence.since, gateway) or secret == self.prompts.secret.hex():
+            return
+        self.prompts.replace_secret(bytes.fromhex(secret))
+        self._mesh.note_prompt_secret(self.prompts.secret)
 
     def _take_server_change(self, change: ServerChange) -> None:
         now, key = self._clock(), (change.server, change.is_up)

@@ -17,11 +17,16 @@ MAX_LEARNED_BYTES = 48_000  # of what was learned about one server: about 300 mo
 MAX_TEXT_CHARS = 100
 MAX_SERVERS = 1000
 MAX_COUNT = 1_000_000_000
+MAX_MODEL_CHARS = 400
+MAX_OPTIONS = 32
+MAX_PROMPTS = 100
 MAX_TIME = 4_102_444_800.0  # seconds since 1970: the year 2100
 
 ServerId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 """A server by a hash of what identifies it (``hash_server``)."""
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
+Secret = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+OptionValue = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)] | int | float | bool | None
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Time = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_TIME)]
 """Seconds since 1970, by the clock of the sending gateway's machine."""
@@ -31,7 +36,8 @@ class Presence(msgspec.Struct, frozen=True, tag="presence"):
     """A gateway lives. Sent each second.
 
     ``host`` is the name of its machine, ``since`` the time when it began. ``in_flight`` and ``queued`` count its
-    requests. ``drained`` are the servers of the nodes that a person has drained at this gateway.
+    requests. ``drained`` are the servers of the nodes that a person has drained at this gateway. ``prompt_secret`` is
+    the secret with which it makes hashes of prompts (``prompts.py``).
     """
 
     host: Text
@@ -41,6 +47,7 @@ class Presence(msgspec.Struct, frozen=True, tag="presence"):
     in_flight: Count
     queued: Count
     drained: Annotated[tuple[ServerId, ...], msgspec.Meta(max_length=MAX_SERVERS)] = ()
+    prompt_secret: Secret | None = None
 
 
 class ServerChange(msgspec.Struct, frozen=True, tag="server"):
@@ -69,7 +76,27 @@ class LearnedFigures(msgspec.Struct, frozen=True, tag="learned"):
     limits: msgspec.Raw
 
 
-Message = Presence | ServerChange | LearnedQuestion | LearnedFigures
+class PlacedPrompt(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt that was sent to a server, so that its server has it in its cache. ``model``, ``context`` and
+    ``options`` are the residency key. ``blocks`` are the hashes of the prompt's blocks, 8 bytes each; ``size`` is its
+    length in bytes."""
+
+    server: ServerId
+    model: Annotated[str, msgspec.Meta(max_length=MAX_MODEL_CHARS)]
+    context: Count | None
+    options: Annotated[tuple[tuple[Text, OptionValue], ...], msgspec.Meta(max_length=MAX_OPTIONS)]
+    size: Count
+    blocks: bytes
+
+
+class PlacedPrompts(msgspec.Struct, frozen=True, tag="prompts"):
+    """Prompts of the last moment. ``prompt_secret`` is a hash of the secret with which their hashes were made."""
+
+    prompt_secret: Secret
+    prompts: Annotated[tuple[PlacedPrompt, ...], msgspec.Meta(max_length=MAX_PROMPTS)]
+
+
+Message = Presence | ServerChange | LearnedQuestion | LearnedFigures | PlacedPrompts
 
 _decoder = msgspec.json.Decoder(Message)
 

@@ -52,6 +52,11 @@ class OtherGateways:
         """Whether this gateway is heard."""
         return gateway in self._heard
 
+    @property
+    def is_any_heard(self) -> bool:
+        """Whether there are other gateways, which can be reached now."""
+        return self._hearing_since is not None and bool(self._heard)
+
     def note_connection(self, *, is_up: bool, now: float) -> None:
         """Notes whether messages of others can come. Called at least once a second."""
         if is_up and self._hearing_since is None:

@@ -3,6 +3,7 @@
 - A node that has failed at another gateway is checked here at once. Only what this gateway sees itself counts.
 - A node that a person has drained at another gateway gets no new requests from this one either, as long as that gateway
   lives. `resume` at this gateway ends that for this gateway.
+- A prompt that another gateway has sent to a server counts as one that this server has in its cache.
 - Figures that another gateway has learned about a server are taken if this gateway has none, or older ones.
 """
 
@@ -16,21 +17,20 @@ from socket import gethostname
 
 import msgspec
 
+from gpumesh.balancer.base import ResidencyKey
+from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.limits import NodeSlots
+from gpumesh.balancer.prefixes import PromptPrint, SharedPromptHasher
 from gpumesh.balancer.rates import ServiceRates
-from gpumesh.coordination.exchange import Exchange
 from gpumesh.coordination.facts.exchange import FactsChannel, FactsExchange, OwnLoad
 from gpumesh.coordination.facts.messages import LearnedFigures, Presence, hash_server
 from gpumesh.mesh.learned_state import LearnedState, build_shared_key, restore_figures
 from gpumesh.mesh.nodes.drains import DrainElsewhere
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.node import Node
-from gpumesh.mesh.nodes.node_factory import NodeFactory
 from gpumesh.state import MeshGatewayState, TunnelPhase
 from gpumesh.text.printable import printable
-from gpumesh.topology import Topology
 
-TOPIC = "facts"
 MAX_SHOWN_ID_CHARS = 64
 MAX_SHOWN_TEXT_CHARS = 60
 
@@ -71,6 +71,8 @@ class FleetSharing:
         channel: FactsChannel,
         *,
         gateway_id: str,
+        experience: Experience,
+        hasher: SharedPromptHasher,
         count_requests: Callable[[], tuple[int, int]],
         on_change: Callable[[], None],
         learned: LearnedState | None,
@@ -87,7 +89,18 @@ class FleetSharing:
         self._wall_clock = wall_clock
         self._nodes: dict[str, _SharedNode] = {}
         self._drained: frozenset[str] = frozenset()  # the servers that this gateway has told last
-        self.exchange = FactsExchange(channel, self, host=gethostname(), clock=clock, wall_clock=wall_clock)
+        self._experience = experience
+        self._hasher = hasher
+        self.exchange = FactsExchange(
+            channel,
+            self,
+            gateway_id=gateway_id,
+            host=gethostname(),
+            prompt_secret=hasher.secret,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        experience.on_prompt_placed = self.tell_prompt
 
     def __repr__(self) -> str:
         return f"<FleetSharing {self._id} {self.exchange!r}>"
@@ -179,6 +192,24 @@ class FleetSharing:
             else:
                 node.check_now("it has failed at another gateway")
 
+    # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def tell_prompt(self, node: str, key: ResidencyKey, prompt: PromptPrint) -> None:
+        """Tells the others that the prompt was sent to this node."""
+        shared = self._nodes.get(node)
+        if shared is not None and shared.server is not None:
+            self.exchange.tell_prompt(shared.server, key, prompt)
+
+    def note_prompt(self, server: str, key: ResidencyKey, prompt: PromptPrint) -> None:
+        for name, shared in self._nodes.items():
+            if shared.server == server:
+                self._experience.prefixes.add(name, key, prompt, self._clock())
+
+    def note_prompt_secret(self, secret: bytes) -> None:
+        self._hasher.replace_secret(secret)
+        for name in self._nodes:  # nothing could be compared with what is known
+            self._experience.prefixes.forget(name)
+
     # -- what was learned ------------------------------------------------------------------------------------------
 
     def _learned_at(self, shared: _SharedNode) -> float:
@@ -227,69 +258,6 @@ class FleetSharing:
                 node.learned_slots.forget_idle()
         restore_figures(node, figures.rates, figures.limits, server_version=figures.server_version, now=now)
         shared.told_at = min(figures.learned_at, self._wall_clock())  # the other clock may be ahead
-
-
-class _Channel:
-    """The messages with facts, among all messages of gateways."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._others: frozenset[str] = frozenset()  # the other gateways at the last look
-
-    @property
-    def is_connected(self) -> bool:
-        return self._exchange.is_connected
-
-    def send(self, text: str) -> None:
-        self._exchange.send(TOPIC, text)
-
-    def pass_on(self, facts: FactsExchange) -> None:
-        """Passes on to ``facts`` what comes from now on."""
-        self._exchange.listen(TOPIC, facts.receive)
-        self._exchange.follow_facts(lambda: self._note_gateways(facts))
-
-    def _note_gateways(self, facts: FactsExchange) -> None:
-        """Notes which gateways have ended. While Redis is away, that is not known."""
-        if self._exchange.is_connected:
-            gone, self._others = self._others - self._exchange.other_gateways(), self._exchange.other_gateways()
-            for gateway in gone:
-                facts.note_gone(gateway)
-
-
-class NoSharing:
-    """Stands for ``FleetSharing`` in a mesh without other gateways."""
-
-    async def run(self) -> None:
-        """Returns at once."""
-
-    def gateways(self) -> tuple[MeshGatewayState, ...]:
-        return ()
-
-    def note_changes(self) -> None:
-        pass
-
-
-def share_fleet(
-    topology: Topology, fleet: Fleet, parts: NodeFactory, count_requests: Callable[[], tuple[int, int]]
-) -> FleetSharing | NoSharing:
-    """Makes the sharing of a mesh; ``NoSharing`` without `redis` in mesh.yaml. ``count_requests`` returns this
-    gateway's requests in flight and in its queue."""
-    if topology.redis is None:
-        return NoSharing()
-    exchange = parts.coordination.exchange
-    channel = _Channel(exchange)
-    sharing = FleetSharing(
-        topology.name,
-        fleet,
-        channel,
-        gateway_id=exchange.gateway,
-        count_requests=count_requests,
-        on_change=parts.changes.notify,
-        learned=parts.learned,
-        clock=parts.clock,
-    )
-    channel.pass_on(sharing.exchange)
-    return sharing
 
 
 class _Trial:

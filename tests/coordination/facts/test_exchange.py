@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
+from gpumesh.balancer.base import ResidencyKey
+from gpumesh.balancer.prefixes import PromptPrint, SharedPromptHasher
+from gpumesh.balancer.prefixes.prints import BLOCK_ENDS
 from gpumesh.coordination.facts import messages
 from gpumesh.coordination.facts.exchange import ASK_INTERVAL_S, CHECK_INTERVAL_S, FactsExchange, OwnLoad
 from gpumesh.coordination.facts.messages import LearnedFigures, Presence
@@ -51,11 +54,22 @@ class Gateway:
     changes: int = 0
     checked: list[tuple[str, bool]] = field(default_factory=list)
     taken: list[LearnedFigures] = field(default_factory=list)
+    prompts: list[tuple[str, ResidencyKey, PromptPrint]] = field(default_factory=list)
+    hasher: SharedPromptHasher = field(init=False)
     exchange: FactsExchange = field(init=False)
 
     def __post_init__(self) -> None:
         clock = self.network.clock
-        self.exchange = FactsExchange(self, self, host=self.name, clock=clock, wall_clock=clock)
+        self.hasher = SharedPromptHasher(self.name.encode() * 16)
+        self.exchange = FactsExchange(
+            self,
+            self,
+            gateway_id=self.name,
+            host=self.name,
+            prompt_secret=self.hasher.secret,
+            clock=clock,
+            wall_clock=clock,
+        )
         self.network.gateways.append(self)
 
     @property
@@ -85,6 +99,18 @@ class Gateway:
 
     def take_learned(self, figures: LearnedFigures) -> None:
         self.taken.append(figures)
+
+    def note_prompt(self, server: str, key: ResidencyKey, prompt: PromptPrint) -> None:
+        self.prompts.append((server, key, prompt))
+
+    def note_prompt_secret(self, secret: bytes) -> None:
+        self.hasher.replace_secret(secret)
+
+    def send_prompt(self, server: str, key: ResidencyKey, text: bytes) -> PromptPrint:
+        prompt = self.hasher.hash_prompt(key, text)
+        assert prompt is not None
+        self.exchange.tell_prompt(server, key, prompt)
+        return prompt
 
     def learn(self, server: str, at: float) -> None:
         self.learned[server] = LearnedFigures(server, at, None, msgspec.Raw(b"{}"), msgspec.Raw(b"{}"))
@@ -151,7 +177,7 @@ def test_a_gateway_that_ended_while_redis_was_away_is_forgotten(network: Network
     network.pass_seconds(5)
     network.gateways.remove(second)
     network.is_up = True
-    network.pass_seconds(SILENT_S + 1)
+    network.pass_seconds(SILENT_S + 2)
     assert first.exchange.others.drains() == {}
 
 
@@ -190,6 +216,63 @@ def test_figures_of_a_size_that_others_refuse_are_not_sent(network: Network) -> 
     asks.known = {ONE: 0.0}
     network.pass_seconds(5)
     assert not asks.taken
+
+
+KEY = ResidencyKey("m:latest", 8192, (("num_gpu", 99), ("use_mmap", True)))
+TEXT = b"You are a helpful assistant. " * 200
+
+
+def test_gateways_hash_prompts_alike_and_tell_each_other_of_them(network: Network) -> None:
+    first = Gateway(network, "a")
+    first.send_prompt(ONE, KEY, TEXT)  # nobody is there
+    network.pass_seconds(1)
+    second, third = Gateway(network, "b"), Gateway(network, "c")
+    network.pass_seconds(2)
+    assert first.hasher.secret == second.hasher.secret == third.hasher.secret == b"a" * 16
+    sent = second.send_prompt(ONE, KEY, TEXT)
+    network.pass_seconds(1)
+    assert first.prompts == third.prompts == [(ONE, KEY, sent)]
+    assert third.hasher.hash_prompt(KEY, TEXT) == sent
+    assert third.hasher.hash_prompt(KEY._replace(context=None), TEXT) != sent
+    assert second.prompts == []
+    network.gateways.remove(first)
+    network.pass_seconds(SILENT_S + 1)
+    assert Gateway(network, "d").exchange.others.presences() == {}
+    network.pass_seconds(2)
+    assert {gateway.hasher.secret for gateway in network.gateways} == {b"a" * 16}, (
+        "it outlives the gateway that made it"
+    )
+
+
+def test_many_and_long_prompts_fit_into_messages_and_the_rest_is_not_told(network: Network) -> None:
+    first, second = Gateway(network, "a"), Gateway(network, "b")
+    network.pass_seconds(2)
+    long_prompt = first.send_prompt(ONE, KEY, bytes(1 << 20))
+    for _ in range(1000):
+        first.exchange.tell_prompt(ONE, KEY, long_prompt)
+    first.send_prompt(ONE, KEY, b"short" * 120)
+    network.pass_seconds(1)
+    assert 0 < len(second.prompts) < 1000
+    assert {prompt.size for _, _, prompt in second.prompts} == {BLOCK_ENDS[127]}
+    strange = ResidencyKey("m", None, (("stop", ("a", "b")),))
+    first.send_prompt(ONE, strange, TEXT)
+    second.prompts.clear()
+    network.pass_seconds(1)
+    assert second.prompts == []
+
+
+def test_hashes_that_were_made_with_another_secret_are_not_taken(network: Network) -> None:
+    first, second = Gateway(network, "a"), Gateway(network, "b")
+    network.pass_seconds(2)
+    first.send_prompt(ONE, KEY, TEXT)
+    [message] = first.exchange.prompts.take_messages()
+    second.exchange.receive("a", messages.encode(msgspec.structs.replace(message, prompt_secret="0" * 32)))
+    for blocks in (b"", b"x" * 8, b"x" * 17, b"x" * 8 * 129):
+        damaged = msgspec.structs.replace(message.prompts[0], blocks=blocks)
+        second.exchange.receive("a", messages.encode(msgspec.structs.replace(message, prompts=(damaged,))))
+    assert second.prompts == []
+    second.exchange.receive("a", messages.encode(message))
+    assert len(second.prompts) == 1
 
 
 def test_garbage_does_nothing(network: Network) -> None:

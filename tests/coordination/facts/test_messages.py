@@ -11,7 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpumesh.coordination.facts import messages
-from gpumesh.coordination.facts.messages import LearnedFigures, LearnedQuestion, Message, Presence, ServerChange
+from gpumesh.coordination.facts.messages import (
+    LearnedFigures,
+    LearnedQuestion,
+    Message,
+    PlacedPrompt,
+    PlacedPrompts,
+    Presence,
+    ServerChange,
+)
 from tests.absurd_answers import ABSURD, Raw, json_bytes
 
 SERVER = messages.hash_server("home", "ollama 11434 GPU-1")
@@ -24,6 +32,7 @@ PRESENCE = Presence("laptop", 4711, "1.0", 1_790_000_000.0, 2, 1, (SERVER,))
         PRESENCE,
         ServerChange(SERVER, is_up=False),
         LearnedQuestion({SERVER: 0.0}),
+        PlacedPrompts("0" * 32, (PlacedPrompt(SERVER, "m", None, (("a", 1.5), ("b", "c")), 1024, bytes(16)),)),
         LearnedFigures(SERVER, 1.0, "0.12.6", msgspec.Raw(b'{"format":1}'), msgspec.Raw(b"{}")),
     ],
 )
@@ -73,8 +82,11 @@ def test_garbage_raises_nothing_else(text: str) -> None:
 
 @given(
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["presence", "server", "question", "learned"])},
-        optional=dict.fromkeys(("host", "pid", "since", "drained", "server", "servers", "rates", "limits"), ABSURD),
+        {"type": st.sampled_from(["presence", "server", "question", "learned", "prompts"])},
+        optional=dict.fromkeys(
+            ("host", "pid", "since", "drained", "server", "servers", "rates", "limits", "prompts", "prompt_secret"),
+            ABSURD,
+        ),
     )
 )
 @example({"type": "question", "servers": {SERVER: Raw("1" * 5000)}})

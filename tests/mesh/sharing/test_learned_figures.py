@@ -5,7 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from gpumesh.balancer.experience import Experience
 from gpumesh.balancer.limits import NodeSlots
+from gpumesh.balancer.prefixes import SharedPromptHasher
 from gpumesh.balancer.rates import ServiceRates
 from gpumesh.coordination.facts.messages import LearnedFigures
 from gpumesh.mesh.learned_state import build_host_key, build_shared_key
@@ -37,6 +39,8 @@ def make_sharing(*, version: str | None = "0.12.6") -> tuple[FleetSharing, Node,
         fleet,
         Silence(),
         gateway_id="me",
+        experience=Experience(),
+        hasher=SharedPromptHasher(b"secret of a test"),
         count_requests=lambda: (0, 0),
         on_change=lambda: None,
         learned=None,

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from gpumesh.balancer.base import Priority
 from gpumesh.lab.ollama import SimOllama
+from gpumesh.mesh.chat import chat_demand, read_request
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.nodes.prober import BACKEND_INTERVAL_S
 from gpumesh.mesh.sharing.fleet_sharing import FleetSharing
@@ -67,11 +69,19 @@ def health(mesh: Mesh, name: str) -> tuple[Health, str | None]:
     return state.health, state.reason
 
 
-async def chat(mesh: Mesh, count: int = 1) -> None:
+async def chat(mesh: Mesh, count: int = 1, *, prompt: str = "a") -> None:
     for _ in range(count):
-        async with mesh.chat(MODEL, "Why?") as stream:
+        async with mesh.chat(MODEL, prompt * 2000) as stream:
             async for _chunk in stream:
                 pass
+
+
+def knows_prompt(mesh: Mesh, prompt: str) -> list[str]:
+    """The nodes that are believed to have the prompt of ``chat`` in their caches."""
+    demand = chat_demand(
+        read_request(MODEL, prompt * 2000), mesh.prompt_hasher, node=None, priority=Priority.NORMAL, session=None
+    )
+    return list(mesh._scheduler.experience.estimate(demand).cached)
 
 
 async def test_gateways_share_what_they_know(redis: Redis) -> None:
@@ -92,6 +102,12 @@ async def test_gateways_share_what_they_know(redis: Redis) -> None:
             await wait_until(lambda: second.fleet["b"].rates.is_measured(MODEL), "the second has its rates")
             assert second.fleet["b"].rates.decode_s(MODEL, 100) == pytest.approx(learned.rates.decode_s(MODEL, 100))
             assert second.fleet["b"].learned_slots.as_dict() == learned.learned_slots.as_dict()
+            # Prompts, also those of a gateway that began later.
+            assert (knows_prompt(first, "c"), knows_prompt(second, "d")) == ([], [])
+            await chat(second, prompt="c")
+            await wait_until(lambda: knows_prompt(first, "c") == ["a"], "the prompt is known")
+            await chat(first, prompt="d")
+            await wait_until(lambda: knows_prompt(second, "d") == ["b"], "the prompt is known")
             # Drains.
             first.drain("a")
             await wait_until(lambda: health(second, "b")[0] is Health.DRAINING, "the drain is known")
