@@ -22,10 +22,14 @@ def create_batch_store(topology: Topology, path: Path) -> BatchStore:
     with need_extra("redis", "`redis:` in mesh.yaml"):
         from gpumesh.batches.redis.store import RedisBatchStore
 
-    variable = spec.password_env
     return RedisBatchStore(
         spec.url,
         topology.name,
-        password=lambda: None if variable is None else config.read_secret(variable),
+        password=lambda: _read_password(spec.password_env),
         ca_file=spec.ca_file,
+        sentinel_password=lambda: _read_password(spec.sentinel_password_env),
     )
+
+
+def _read_password(variable: str | None) -> str | None:
+    return None if variable is None else config.read_secret(variable)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +17,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from gpumesh.batches.redis.answers import Argument, encode
 from gpumesh.batches.redis.connections import Connections
-from gpumesh.coordination.redis_urls import read_address
+from gpumesh.coordination.redis_urls import ReadPassword, read_address
 from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError, GPUMeshError
 from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.text.printable import printable
@@ -32,14 +31,24 @@ KEY_VERSION = 1
 class RedisScript:
     """The functions, for the batches of one mesh in the Redis at ``url``, which holds no password.
 
-    ``password`` is called at each connect, and its result is not stored; ``ca_file`` has the certificates that may sign
-    the server's. Connects when it is used first. Raises ConfigError if ``url`` is no URL of Redis.
+    ``password`` and ``sentinel_password`` are called at each connect, and their results are not stored; ``ca_file`` has
+    the certificates that may sign the server's. Connects when it is used first. Raises ConfigError if ``url`` is no URL
+    of Redis.
     """
 
-    def __init__(self, url: str, mesh: str, *, password: Callable[[], str | None], ca_file: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        mesh: str,
+        *,
+        password: ReadPassword,
+        ca_file: str | None = None,
+        sentinel_password: ReadPassword = lambda: None,
+    ) -> None:
         self.prefix = f"gpumesh:{KEY_VERSION}:{{{mesh}}}:batches"
         self.description = describe_url(url)
-        self._connections = Connections(read_address(url, ca_file=ca_file), password)
+        address = read_address(url, ca_file=ca_file, read_sentinel_password=sentinel_password)
+        self._connections = Connections(address, password)
         self._text = "\n".join((resources.files(__package__) / "lua" / name).read_text("utf-8") for name in LUA_FILES)
         self._digest = hashlib.sha1(self._text.encode(), usedforsecurity=False).hexdigest()  # as Redis names a script
         self._room = asyncio.Semaphore(MAX_CALLS)

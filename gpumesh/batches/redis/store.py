@@ -50,9 +50,11 @@ class RedisBatchStore(RedisFiles):
         *,
         password: Callable[[], str | None],
         ca_file: str | None = None,
+        sentinel_password: Callable[[], str | None] = lambda: None,
         kept_s: float = KEPT_S,
     ) -> None:
-        super().__init__(RedisScript(url, mesh, password=password, ca_file=ca_file), kept_s=kept_s)
+        script = RedisScript(url, mesh, password=password, ca_file=ca_file, sentinel_password=sentinel_password)
+        super().__init__(script, kept_s=kept_s)
         self._newest_change = "0-0"  # the entry of the stream ``changes`` up to which ``wait_for_change`` has waited
 
     def __repr__(self) -> str:

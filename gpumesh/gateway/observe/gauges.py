@@ -30,6 +30,11 @@ def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]
     yield gauge(
         "gpumesh_queue_length", "Requests that wait for a place on a node.", [(NO_LABELS, state.gateway.queued)]
     )
+    yield gauge(
+        "gpumesh_gateways",
+        "Gateways that share the nodes, this one included, with `redis` in mesh.yaml; 1 while Redis is away.",
+        [(NO_LABELS, float(len(state.gateways)))] if state.gateways else [],
+    )
     yield from _node_families(state.nodes)
     yield from _tunnel_families(state.nodes)
     yield from _backend_families(state.nodes)

@@ -53,6 +53,10 @@ function showSummary(status, live) {
   showTile("tokens/s", number(total.tokens_per_s));
   showTile("in flight", String(served.in_flight));
   showTile("waiting", String(served.queued), served.queued ? "warn" : "");
+  if ((status.gateways || []).length > 1) {
+    const texts = status.gateways.map((one) => one.host + (one.own ? " (this one)" : "") + ": " + one.in_flight + " in flight, " + one.queued + " waiting");
+    showTile("gateways", String(status.gateways.length), "", texts.join("\n"));
+  }
   const recent = live ? live.recent : null;
   showTile("TTFT p50", recent ? milliseconds(recent.ttft_p50_ms) : UNKNOWN, "", recent && isKnown(recent.ttft_p50_ms)
     ? "Median time to the first token of the last 5 minutes; p90 " + milliseconds(recent.ttft_p90_ms) : "Median time to the first token; no answer has streamed in the last 5 minutes");

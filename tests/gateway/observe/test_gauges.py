@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.gateway.observe import gauges
 from gpumesh.gateway.observe.exposition import render
-from gpumesh.state import GpuState
+from gpumesh.state import GpuState, MeshGatewayState
 from tests.cli import states
 from tests.gateway.fleet import metric
 
@@ -40,6 +41,13 @@ def test_the_metrics_of_a_fleet() -> None:
     assert of("attempts_total", "iceland", outcome="cut") == 2
     assert of("finding", "vengeance", code="gpu-missing", severity="warning") == 1
     assert metric(text, "gpumesh_requests_in_flight") == 1
+    assert "\ngpumesh_gateways" not in text
+
+
+def test_the_gateways_that_share_the_nodes_are_counted() -> None:
+    gateway = MeshGatewayState("a" * 16, "laptop", 1, "1", states.AT, 0, 0)
+    state = replace(states.typical(), gateways=(gateway, gateway))
+    assert metric(render(gauges.mesh_families(state, {})), "gpumesh_gateways") == 2
 
 
 def test_an_unknown_value_has_no_sample() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.cells import cell_len
@@ -23,7 +24,8 @@ def gateways_line(state: MeshState, width: int) -> Text | None:
     gateways = state.gateways
     if len(gateways) < 2:
         return None
-    texts = [_describe(gateway) for gateway in gateways]
+    hosts = Counter(gateway.host for gateway in gateways)
+    texts = [_describe(gateway, with_pid=hosts[gateway.host] > 1) for gateway in gateways]
     line = f"{len(gateways)} gateways"
     for count, text in enumerate(texts):
         longer_line = f"{line}{' · ' if count else ': '}{text}"
@@ -36,10 +38,12 @@ def gateways_line(state: MeshState, width: int) -> Text | None:
     return Text(shorten(line, width), style="dim", no_wrap=True)
 
 
-def _describe(gateway: MeshGatewayState) -> str:
+def _describe(gateway: MeshGatewayState, *, with_pid: bool) -> str:
+    """A gateway and its requests. ``with_pid``: another gateway runs on the same machine."""
+    pid = f" pid {gateway.pid}" if with_pid else ""
     queued = f", {gateway.queued} queued" if gateway.queued else ""
     name = clean_line(gateway.host, MAX_HOST_CHARS)
-    return f"{name}{' (this one)' if gateway.own else ''} {gateway.in_flight} in flight{queued}"
+    return f"{name}{pid}{' (this one)' if gateway.own else ''}: {gateway.in_flight} in flight{queued}"
 
 
 def gateways_table(state: MeshState) -> Iterator[RenderableType]:

@@ -24,7 +24,9 @@ def shared(*others: MeshGatewayState) -> MeshState:
 
 def test_a_mesh_with_other_gateways_has_a_line_for_them() -> None:
     shown = draw_lines(shared(gateway("backend", 12, 3)), 80)
-    assert shown[-1] == "2 gateways: laptop (this one) 2 in flight · backend 12 in flight, 3 queued"
+    assert shown[-1] == "2 gateways: laptop (this one): 2 in flight · backend: 12 in flight, 3 queued"
+    line = "2 gateways: laptop pid 4711 (this one): 2 in flight · laptop pid 4711: 1 in flight"
+    assert draw_lines(shared(gateway("laptop", 1)), 100)[-1] == line
     assert "gateway" not in draw_text(shared(), 80)
     assert "gateway" not in draw_text(mesh(healthy("a")), 80)
 
