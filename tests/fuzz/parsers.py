@@ -21,6 +21,7 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, find_counters
 from gpumesh.balancer.prefixes import PromptHasher
+from gpumesh.coordination.facts import messages as fact_messages
 from gpumesh.coordination.step_messages import decode_mail, decode_message, decode_reply
 from gpumesh.daemon.control_socket import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
@@ -409,6 +410,15 @@ TARGETS: dict[str, FuzzTarget] = {
     "worker-message": FuzzTarget(
         _whole(protocol.decode_message),
         (b'{"kind":"OutputPiece","id":1,"stream":"stdout","data":"aGk="}\n', b'{"kind":"Pong","id":1,"rtt_ms":2.0}\n'),
+        (ValueError,),
+    ),
+    "gateway-fact": FuzzTarget(
+        _text(fact_messages.decode),
+        (
+            b'{"type":"presence","host":"h","pid":1,"version":"1","since":1.5,"in_flight":1,"queued":0,"drained":[]}',
+            b'{"type":"question","servers":{"0123456789abcdef0123456789abcdef":1.0}}',
+            b'{"type":"prompts","prompt_secret":"0123456789abcdef0123456789abcdef","prompts":[]}',
+        ),
         (ValueError,),
     ),
     "status": FuzzTarget(_status, (_STATUS,), (ValueError,)),

@@ -151,8 +151,9 @@ class FleetSharing:
             yield shared
 
     def _find_drained(self) -> frozenset[str]:
-        """The servers of the nodes that a person has drained here."""
-        shared_nodes = self._nodes.values()
+        """The servers of the nodes that a person has drained here. A node that has left the mesh is not among them,
+        although it gets no requests either."""
+        shared_nodes = list(self._follow_nodes())
         return frozenset(shared.server for shared in shared_nodes if shared.server and shared.node.role.drained)
 
     def own_load(self) -> OwnLoad:

@@ -1,4 +1,5 @@
-"""Which figures of other gateways a mesh takes, and the keys by which gateways know a server. Nothing runs here."""
+"""Which figures of other gateways a mesh takes, what it tells, and by which keys gateways know a server. Nothing runs
+here."""
 
 from __future__ import annotations
 
@@ -127,6 +128,14 @@ def test_what_is_told_is_what_another_gateway_takes() -> None:
     slots.restore(msgspec.json.decode(told.limits), now=0.0)
     assert round(rates.decode_s(MODEL, 1), 6) == 0.02
     assert sharing.find_learned("0" * 32) is None
+
+
+def test_a_node_that_has_left_the_mesh_is_not_told_as_drained() -> None:
+    sharing, node, server = make_sharing()
+    node.role.drained = True
+    assert sharing.own_load().drained == {server}
+    sharing._fleet.replace_nodes([])
+    assert sharing.own_load().drained == frozenset()
 
 
 def test_the_address_of_a_server_does_not_matter_if_its_gpus_are_known() -> None:
