@@ -44,11 +44,14 @@ class _Channel:
         self._exchange.follow_facts(lambda: self._note_gateways(facts))
 
     def _note_gateways(self, facts: FactsExchange) -> None:
-        """Notes which gateways have ended. While Redis is away, that is not known."""
-        if self._exchange.is_connected:
-            gone, self._others = self._others - self._exchange.other_gateways(), self._exchange.other_gateways()
-            for gateway in gone:
-                facts.note_gone(gateway)
+        """Notes which gateways have begun and ended. While Redis is away, that is not known."""
+        if not self._exchange.is_connected:
+            return
+        before, self._others = self._others, self._exchange.other_gateways()
+        for gateway in before - self._others:
+            facts.note_gone(gateway)
+        if self._others - before:  # each presence of an unknown gateway is answered at once
+            facts.send_presence()
 
 
 class NoSharing:
