@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,46 +17,23 @@ from gpumesh.mesh.nodes.prober import BACKEND_INTERVAL_S
 from gpumesh.mesh.sharing.fleet_sharing import FleetSharing
 from gpumesh.state import Health
 from gpumesh.topology import NodeSpec, RedisSpec, Topology
+from tests.coordination.redis_server import RedisServer, redis_server
 from tests.mesh.meshes import MODEL, host, node
-from tests.prerequisites import needs, program
+from tests.prerequisites import needs
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, needs("redis-server")]
 
 
-@dataclass
-class Redis:
-    """A redis-server on a Unix socket, without files."""
-
-    folder: Path
-    process: subprocess.Popen[bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        binary = program("redis-server")
-        assert binary is not None
-        command = [binary, "--port", "0", "--unixsocket", "redis.sock", "--save", "", "--appendonly", "no"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=self.folder)
-
-    @property
-    def spec(self) -> RedisSpec:
-        return RedisSpec(f"unix://{self.folder / 'redis.sock'}")
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
-async def redis(tmp_path: Path) -> AsyncIterator[Redis]:
-    server = Redis(tmp_path)
-    await wait_until((tmp_path / "redis.sock").exists, "redis listens")
-    yield server
-    server.stop()
+async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    async with redis_server(tmp_path) as server:
+        yield server
 
 
 @asynccontextmanager
-async def open_mesh(redis: Redis, *nodes: NodeSpec) -> AsyncIterator[Mesh]:
-    async with Mesh(Topology("home", nodes, redis=redis.spec)) as mesh:
+async def open_mesh(redis: RedisServer, *nodes: NodeSpec) -> AsyncIterator[Mesh]:
+    async with Mesh(Topology("home", nodes, redis=RedisSpec(redis.url))) as mesh:
         await mesh.wait_first_report(10.0)
         yield mesh
 
@@ -84,7 +58,7 @@ def knows_prompt(mesh: Mesh, prompt: str) -> list[str]:
     return list(mesh._scheduler.experience.estimate(demand).cached)
 
 
-async def test_gateways_share_what_they_know(redis: Redis) -> None:
+async def test_gateways_share_what_they_know(redis: RedisServer) -> None:
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(SimOllama(host("a", tokens_per_s=500.0)))
         spec = node("a", server.url, max_parallel=None)
@@ -126,7 +100,7 @@ async def test_gateways_share_what_they_know(redis: Redis) -> None:
         assert health(first, "a")[0] is Health.HEALTHY, "a drain ends with its gateway"
 
 
-async def test_a_node_that_fails_at_one_gateway_is_probed_at_once_by_the_others(redis: Redis) -> None:
+async def test_a_node_that_fails_at_one_gateway_is_probed_at_once_by_the_others(redis: RedisServer) -> None:
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(SimOllama(host("a")))
         spec = node("a", server.url)
