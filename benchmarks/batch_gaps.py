@@ -150,7 +150,7 @@ async def measure(seconds: float, rounds: int) -> list[Phase]:
         config, url = folder / "mesh.yaml", f"http://127.0.0.1:{port}"
         write_mesh_yaml(config, [server.url for server in servers], slots=SLOTS, listen=f"127.0.0.1:{port}", more={})
         mesh = MeshProcess(folder, config)
-        stack.push_async_callback(mesh.end)
+        stack.push_async_callback(mesh.close)
         await mesh.start()
         await wait_until_up(url)
         store = await stack.enter_async_context(SqliteBatchStore(mesh.batches))

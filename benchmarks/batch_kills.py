@@ -94,7 +94,7 @@ async def measure(
                 own / "mesh.yaml", [server.url for server in servers], slots=SLOTS, listen="127.0.0.1:0", more=more
             )
             running.append(MeshProcess(own, own / "mesh.yaml", "--no-gateway"))
-            stack.push_async_callback(running[-1].end)
+            stack.push_async_callback(running[-1].close)
         topology = load(running[0].config)
         store = await stack.enter_async_context(create_batch_store(topology, running[0].batches))
         began = time.monotonic()

@@ -90,8 +90,7 @@ class BatchWorker:
         self._under_way: dict[tuple[str, int], _Work] = {}  # until the store has the result or the release
         self._results: list[Result] = []  # to be recorded
         self._releases: list[Release] = []  # to be released
-        self._most_under_way: int | None = None  # while requests fail because nodes are away; ``None``: no limit
-        self._left_until: dict[str, float] = {}  # batches of other gateways, with the loop's time until then
+        self._paused: dict[str, float] = {}  # batches of which nothing is claimed, by their ids, and until when
         self._has_room = asyncio.Event()
         self._has_news = asyncio.Event()  # something may be there to be claimed
         self._has_output = asyncio.Event()
@@ -125,8 +124,8 @@ class BatchWorker:
                 await self._has_room.wait()
                 continue
             self._has_news.clear()
-            left = self._list_left_batches()
-            claim = partial(self._store.claim, self.name, room, lease_s=self._times.lease_s, without=left)
+            paused = self._list_paused()
+            claim = partial(self._store.claim, self.name, room, lease_s=self._times.lease_s, without=paused)
             claims = await self._use_store(claim)
             for request in claims:
                 if request.key in self._under_way:  # its lease has ended, as this process stood still or Redis was away
@@ -138,26 +137,24 @@ class BatchWorker:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._has_news.wait(), self._times.idle_s)
 
-    def _leave_batch(self, batch_id: str, error: BatchOwnerUnknown) -> None:
-        """Leaves the requests of a batch to the workers of other gateways for ``LEFT_S``."""
-        if batch_id not in self._left_until:
-            log.info("the batch %s is left to other gateways: %s", batch_id, error, extra={"event": "batch"})
-        self._left_until[batch_id] = asyncio.get_running_loop().time() + LEFT_S
+    def _pause(self, batch_id: str, seconds: float, reason: str) -> None:
+        """Claims nothing of a batch for so long."""
+        if batch_id not in self._paused:
+            log.info("the batch %s waits for %.0f s: %s", batch_id, seconds, reason, extra={"event": "batch"})
+        self._paused[batch_id] = self._clock() + seconds
 
-    def _list_left_batches(self) -> list[str]:
-        now = asyncio.get_running_loop().time()
-        self._left_until = {batch_id: until for batch_id, until in self._left_until.items() if until > now}
-        return list(self._left_until)
+    def _list_paused(self) -> list[str]:
+        """The batches of which nothing is claimed now."""
+        now = self._clock()
+        self._paused = {batch_id: until for batch_id, until in self._paused.items() if until > now}
+        return list(self._paused)
 
     def _limits(self) -> tuple[int, int]:
         """How many requests may be under way, and for how many of them there must be room before more are claimed: to
         claim several at a time costs less."""
         slots = max(self._count_slots(), 1)
         spare = max(slots // 4, 2)
-        most = min(slots + spare, MAX_UNDER_WAY)
-        if self._most_under_way is not None and self._most_under_way < most:
-            return self._most_under_way, 1
-        return most, max(spare // 2, 1)
+        return min(slots + spare, MAX_UNDER_WAY), max(spare // 2, 1)
 
     def _note_cancelled(self, work: _Work, task: asyncio.Task[None]) -> None:
         """Releases a request that was ended because it is not wanted any more. Called when its task has ended."""
@@ -172,7 +169,7 @@ class BatchWorker:
         except Exception:  # a bug of ours: it must not end the work on all other requests
             log.exception("the request %s of a batch failed inside", request_id(claim), extra={"event": "batch"})
             error = GPUMeshError("gpumesh failed inside; its log says more")
-            outcome = _conclude(claim, judge_error(error, claim.tries), error)
+            outcome = self._conclude(claim, judge_error(error, claim.tries), error)
         if isinstance(outcome, Result):
             self._results.append(outcome)
         else:
@@ -205,25 +202,27 @@ class BatchWorker:
         try:
             reply = await self._sender.send(request)
         except BatchOwnerUnknown as error:
-            self._leave_batch(claim.batch_id, error)
+            self._pause(claim.batch_id, LEFT_S, f"it is left to other gateways, as {error}")
             return Release(claim)
         except GPUMeshError as error:
-            again = judge_error(error, claim.tries)
-            self._note_nodes(is_away=again is not None and again.is_away)
-            return _conclude(claim, again, error)
+            return self._conclude(claim, judge_error(error, claim.tries), error)
         again = judge_reply(reply, claim.tries)
-        self._note_nodes(is_away=False)
-        if again is not None:
-            return Release(claim, again.delay_s, again.counts)
-        return make_result(claim, reply)
+        return make_result(claim, reply) if again is None else self._put_back(claim, again, f"status {reply.status}")
 
-    def _note_nodes(self, *, is_away: bool) -> None:
-        """Lets fewer requests be under way while they fail because of the nodes: each of them would only wait."""
-        if not is_away:
-            self._most_under_way = None
+    def _conclude(self, claim: Claim, again: TryAgain | None, error: GPUMeshError) -> Result | Release:
+        """What becomes of a request without an answer."""
+        if again is not None:
+            return self._put_back(claim, again, error.message)
+        return make_error_result(claim, error.code, error.message, node=error.node, attempts=claim.tries + 1)
+
+    def _put_back(self, claim: Claim, again: TryAgain, reason: str) -> Release:
+        """The release of a request that is sent again."""
+        if again.counts:
+            text = "the request of line %d of %s has failed, and is sent again in %.0f s: %s"
+            log.info(text, claim.line, claim.batch_id, again.delay_s, reason, extra={"event": "batch"})
         else:
-            most, _ = self._limits()
-            self._most_under_way = max(most // 2, 1)
+            self._pause(claim.batch_id, again.delay_s, reason)
+        return Release(claim, again.delay_s, again.counts)
 
     # -- the store -----------------------------------------------------------------------------------------------
 
@@ -312,10 +311,3 @@ class BatchWorker:
         self._under_way.clear()
         if releases:
             await self._store.release(self.name, releases)
-
-
-def _conclude(claim: Claim, again: TryAgain | None, error: GPUMeshError) -> Result | Release:
-    """What becomes of a request without an answer."""
-    if again is not None:
-        return Release(claim, again.delay_s, again.counts)
-    return make_error_result(claim, error.code, error.message, node=error.node, attempts=claim.tries + 1)

@@ -30,12 +30,11 @@ LONGEST_WAIT_S = 3600.0  # for what names its own time: a quota may begin anew n
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """The request is sent again after ``delay_s``. ``counts``: this try counts. ``is_away``: other requests would fail
-    in the same way now."""
+    """The request is sent again after ``delay_s``. ``counts``: this try counts. Where it does not count, most other
+    requests of the batch would fail in the same way now, so that the whole batch waits."""
 
     delay_s: float
     counts: bool
-    is_away: bool = False
 
 
 def judge_error(error: GPUMeshError, tries: int) -> TryAgain | None:
@@ -45,17 +44,17 @@ def judge_error(error: GPUMeshError, tries: int) -> TryAgain | None:
     again = TryAgain(min(FIRST_DELAY_S * 4.0**tries, LONGEST_DELAY_S), counts=True) if tries + 1 < MAX_TRIES else None
     match error:
         case QueueFull():
-            return TryAgain(error.retry_after_s, counts=False, is_away=True)
+            return TryAgain(error.retry_after_s, counts=False)
         case StreamCut():
             return None if again is None else TryAgain(0.0, counts=True)
         case ServersFailed():
             return again if tries == 0 else None  # two servers have failed at it, and two more may do so
-        case ModelMissing():
-            return again
+        case ModelMissing():  # also no node that is away may have the model
+            return None
         case NoNodeError():
-            return TryAgain(min(retry_after_s or AWAY_DELAY_S, LONGEST_DELAY_S), counts=False, is_away=True)
+            return TryAgain(min(retry_after_s or AWAY_DELAY_S, LONGEST_DELAY_S), counts=False)
         case MeshNotRunning():
-            return TryAgain(1.0, counts=False, is_away=True)
+            return TryAgain(1.0, counts=False)
         case UsageError():
             return None
     if status == 429:  # of the gateway's own rules, or of a server

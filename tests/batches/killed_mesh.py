@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -35,11 +37,10 @@ class MeshProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._variables = {
             "HOME": str(folder),
-            "XDG_RUNTIME_DIR": str(folder / "run"),
+            "XDG_RUNTIME_DIR": tempfile.mkdtemp(prefix="gm-"),  # the path of a socket may not be long
             "XDG_STATE_HOME": str(folder / "state"),
             "GPUMESH_CONFIG": str(config),
         }
-        (folder / "run").mkdir(mode=0o700, exist_ok=True)
 
     @property
     def batches(self) -> Path:
@@ -68,6 +69,11 @@ class MeshProcess:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
             await process.wait()
+
+    async def close(self) -> None:
+        """Ends the process, and removes its runtime folder."""
+        await self.end()
+        shutil.rmtree(self._variables["XDG_RUNTIME_DIR"], ignore_errors=True)
 
     def log(self) -> str:
         """The last of what the process has written."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from gpumesh.batches.engine import BatchWorker, WorkTimes
-from gpumesh.batches.retries import MAX_TRIES
+from gpumesh.batches.retries import AWAY_DELAY_S, MAX_TRIES
 from gpumesh.batches.sqlite.store import SqliteBatchStore
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchRequest, BatchStatus, NewBatch, Reply
@@ -159,25 +159,27 @@ async def test_a_failure_of_the_request_counts_and_is_its_result_at_last(tmp_pat
             assert line["error"] is None
 
 
-async def test_while_no_node_is_there_requests_wait_and_few_are_tried(tmp_path: Path) -> None:
+async def test_while_no_node_is_there_a_batch_waits_and_others_do_not(tmp_path: Path) -> None:
     clock = FastClock()
-    sender = ScriptedSender(lambda _: NoNodeError("no node is usable now"))
+    away = "away"
+    sender = ScriptedSender(lambda request: NoNodeError("no node") if away in request.custom_id else OK)
     async with open_store(tmp_path, clock) as store:
-        batch = await submit(store, prompts(20), window_s=1e9)
-        clock.runs = True
-        async with working(make_worker(store, sender, slots=16)):
+        text = "".join(chat_line(f"away {number}") for number in range(100))
+        waiting = await submit(store, text, CHAT, window_s=1e9)
+        async with working(make_worker(store, sender)):
+            other = await wait_for_end(store, await submit(store, prompts(100)))
+            assert other.counts.completed == 100
+            tried = len(sender.sent) - 100
+            assert 1 <= tried <= 6  # as many as may be under way; then the batch waits
+            clock.now += AWAY_DELAY_S + 1
             async with asyncio.timeout(20.0):
-                while len(sender.sent) < 40 * MAX_TRIES:
+                while len(sender.sent) - 100 == tried:
                     await asyncio.sleep(0.002)
-            sender.most_at_once = 0
-            sent = len(sender.sent)
-            async with asyncio.timeout(20.0):
-                while len(sender.sent) < sent + 20:
-                    await asyncio.sleep(0.002)
-            assert sender.most_at_once == 1
-            sender.answer = lambda _: OK
-            batch = await wait_for_end(store, batch)
-            assert batch.counts.completed == 20
+            assert (await store.get_batch(waiting.id)).counts.unfinished == 100
+            away = "nowhere"
+            clock.now += AWAY_DELAY_S + 1
+            waiting = await wait_for_end(store, waiting)
+            assert waiting.counts.completed == 100
 
 
 async def test_cancel_ends_what_is_under_way_and_retry_goes_on(tmp_path: Path) -> None:
