@@ -135,7 +135,10 @@ class BatchWorker:
                 work.task.add_done_callback(partial(self._note_cancelled, work))
             if not claims:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._has_news.wait(), self._times.idle_s)
+                    async with asyncio.timeout(
+                        self._times.idle_s
+                    ):  # ``wait_for`` may lose a cancellation (Python 3.11)
+                        await self._has_news.wait()
 
     def _pause(self, batch_id: str, seconds: float, reason: str) -> None:
         """Claims nothing of a batch for so long."""

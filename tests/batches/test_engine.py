@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
 from gpumesh.batches.engine import BatchWorker, WorkTimes
 from gpumesh.batches.retries import AWAY_DELAY_S, MAX_TRIES
 from gpumesh.batches.sqlite.store import SqliteBatchStore
@@ -44,12 +46,11 @@ async def open_store(tmp_path: Path, clock: Callable[[], float] | None = None) -
 
 @asynccontextmanager
 async def working(worker: BatchWorker) -> AsyncIterator[BatchWorker]:
-    task = asyncio.create_task(worker.run())
-    try:
+    """The worker works during the block. An error that ends it ends the block."""
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(worker.run())
         yield worker
-    finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def make_worker(store: SqliteBatchStore, sender: ScriptedSender, *, slots: int = 4) -> BatchWorker:
@@ -223,6 +224,23 @@ async def test_a_worker_that_stops_gives_its_requests_back(tmp_path: Path) -> No
         sender.gate.set()
         async with working(make_worker(store, sender)):
             assert (await wait_for_end(store, batch)).counts.completed == 20
+
+
+@pytest.mark.parametrize("iterations", range(5))
+async def test_a_worker_stops_although_news_come_at_the_same_moment(tmp_path: Path, iterations: int) -> None:
+    """``asyncio.wait_for`` of Python 3.11 loses a cancellation that comes together with the result."""
+    async with open_store(tmp_path) as store:
+        times = WorkTimes(idle_s=60.0, settle_s=60.0)
+        worker = BatchWorker(store, ScriptedSender(), count_slots=lambda: 4, times=times)
+        task = asyncio.create_task(worker.run())
+        await asyncio.sleep(0.01)
+        worker._has_news.set()
+        store._has_changed.set()
+        for _ in range(iterations):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=5.0)
+        assert task.done()
 
 
 async def test_a_store_that_is_full_is_waited_for(tmp_path: Path) -> None:

@@ -254,13 +254,18 @@ class SqliteBatchStore:
         )
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        with suppress(TimeoutError, BatchStoreError):
-            async with asyncio.timeout(timeout_s):
-                while not self._has_changed.is_set() and self._database.data_version() == self._seen_version:
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._has_changed.wait(), CHANGE_POLL_S)
-                self._seen_version = self._database.data_version()
-                self._has_changed.clear()
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + timeout_s
+        with suppress(BatchStoreError):
+            while not self._has_changed.is_set() and self._database.data_version() == self._seen_version:
+                pause_s = min(CHANGE_POLL_S, ends_at - loop.time())
+                if pause_s <= 0.0:
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._has_changed.wait()
+            self._seen_version = self._database.data_version()
+            self._has_changed.clear()
 
     # -- results -------------------------------------------------------------------------------------------------
 
