@@ -143,12 +143,13 @@ class ConfigError(UsageError):
 
 class NoNodeError(GPUMeshError):
     """No node can serve the request now. ``retry_after_s``: the time until a node is tried again; ``None`` if it is not
-    known."""
+    known. ``was_tried``: nodes have got the request, and have failed."""
 
     code = "no-node"
     exit_code = ExitCode.NO_NODE
     default_hint = "`gpumesh status` shows each node and why it cannot serve"
     retry_after_s: float | None = None
+    was_tried: bool = False
 
 
 class ModelMissing(NoNodeError):

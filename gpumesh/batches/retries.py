@@ -51,6 +51,8 @@ def judge_error(error: GPUMeshError, tries: int) -> TryAgain | None:
             return again if tries == 0 else None  # two servers have failed at it, and two more may do so
         case ModelMissing():  # also no node that is away may have the model
             return None
+        case NoNodeError() if error.was_tried:
+            return again
         case NoNodeError():
             return TryAgain(min(retry_after_s or AWAY_DELAY_S, LONGEST_DELAY_S), counts=False)
         case MeshNotRunning():

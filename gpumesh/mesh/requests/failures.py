@@ -121,7 +121,9 @@ def all_failed_error(failures: Sequence[FailedAttempt]) -> NoNodeError:
         failed_nodes = {failed.node for failed in server_failures}
         subject = "two servers failed" if len(failed_nodes) > 1 else "the server failed twice"
         return ServersFailed(f"{subject} at this request, so no other was asked ({reasons})")
-    return NoNodeError(f"every node that could serve this has failed it ({reasons})")
+    error = NoNodeError(f"every node that could serve this has failed it ({reasons})")
+    error.was_tried = True
+    return error
 
 
 def copy_error(error: GPUMeshError) -> GPUMeshError:
