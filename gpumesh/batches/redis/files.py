@@ -11,7 +11,7 @@ from gpumesh.batches.redis.script import RedisScript
 from gpumesh.batches.values import COMMAND_LINE, StoredFile
 from gpumesh.errors import BatchStoreError
 
-PIECE_BYTES = 256 << 10  # divides SEGMENT_BYTES of lua/common.lua, so that no piece is in two segments
+SEGMENT_BYTES = (256 << 10) - 64  # as in lua/common.lua
 UPLOAD_SILENT_S = 3600.0  # when no part of a file came for so long, its upload has ended
 
 
@@ -27,10 +27,10 @@ class RedisFiles:
     ) -> StoredFile:
         file_id = f"file-{secrets.token_hex(12)}"
         try:
-            size = 0
-            async for piece in _cut_pieces(chunks):
-                await self._script.call("put_piece", file_id, size, piece)
-                size += len(piece)
+            number = size = 0
+            async for segment in _cut_segments(chunks):
+                await self._script.call("put_segment", file_id, number, segment)
+                number, size = number + 1, size + len(segment)
             fields = ("name", name, "size", size, "purpose", purpose, "owner", owner)
             answer = await self._script.ask("finish_upload", file_id, self._kept_s, *fields)
         except BaseException:
@@ -59,7 +59,7 @@ class RedisFiles:
         file_size = (await self.get_file(file_id)).size
         end = file_size if size is None else min(file_size, offset + size)
         while offset < end:
-            piece = await self._script.ask("read_piece", file_id, offset, min(PIECE_BYTES, end - offset))
+            piece = await self._script.ask("read_piece", file_id, offset, min(SEGMENT_BYTES, end - offset))
             if not piece:
                 raise BatchStoreError(f"Redis does not have all of the file {file_id} any more")
             yield piece
@@ -69,15 +69,15 @@ class RedisFiles:
         await self._script.call("delete_file", file_id)
 
 
-async def _cut_pieces(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes in pieces of ``PIECE_BYTES``; the last one may be shorter, and an empty file has one piece."""
+async def _cut_segments(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in segments of ``SEGMENT_BYTES``; the last one may be shorter, and an empty file has one."""
     buffer = bytearray()
     is_first = True
     async for chunk in chunks:
         buffer += chunk
-        while len(buffer) > PIECE_BYTES:
-            yield bytes(buffer[:PIECE_BYTES])
-            del buffer[:PIECE_BYTES]
+        while len(buffer) > SEGMENT_BYTES:
+            yield bytes(buffer[:SEGMENT_BYTES])
+            del buffer[:SEGMENT_BYTES]
             is_first = False
     if buffer or is_first:
         yield bytes(buffer)

@@ -35,7 +35,7 @@ local FILES, UPLOADS, ALL, OPEN = prefix .. ':files', prefix .. ':uploads', pref
 local CHANGES, SWEPT = prefix .. ':changes', prefix .. ':swept'
 local GROUP, NOBODY = 'workers', '-'
 local HORIZON_MS = 1000 * 24 * 3600 * 1000
-local SEGMENT_BYTES = 4 * 1024 * 1024
+local SEGMENT_BYTES = 256 * 1024 - 64 -- the memory of a string with its header is a power of two then
 local PIECE = 1000 -- so many entries are moved in one call, so that a call takes a few milliseconds
 local DAY_S = 24 * 3600
 

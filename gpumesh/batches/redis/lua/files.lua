@@ -1,18 +1,17 @@
--- Files: their bytes are in strings of SEGMENT_BYTES each, because one string for all would be copied as it grows.
+-- Files: their bytes are in strings of SEGMENT_BYTES each. One string for all would be copied as it grows, and memory is
+-- kept for it to grow further.
 
 local UPLOAD_REMOVED = { 'conflict', 'no part of the file came for too long, so its beginning was removed' }
 
--- file, offset, bytes: stores a piece of a file that is not whole yet. A piece does not reach over the end of a segment.
-function functions.put_piece(id, offset, bytes)
+-- file, number, bytes: stores a segment of a file that is not whole yet. Each has SEGMENT_BYTES, the last one may have
+-- fewer.
+function functions.put_segment(id, segment, bytes)
   require_memory()
-  local segment = math.floor(offset / SEGMENT_BYTES)
-  if tonumber(offset) > 0 and not call('ZSCORE', UPLOADS, id) then return UPLOAD_REMOVED end
+  segment = tonumber(segment)
+  if segment > 0 and not call('ZSCORE', UPLOADS, id) then return UPLOAD_REMOVED end
   call('ZADD', UPLOADS, stamp(now), id)
   call('EXPIRE', UPLOADS, DAY_S)
-  if #bytes > 0 then
-    call('SETRANGE', file_key(id, segment), offset % SEGMENT_BYTES, bytes)
-    call('EXPIRE', file_key(id, segment), DAY_S) -- if nobody ever calls `settle`
-  end
+  call('SET', file_key(id, segment), bytes, 'EX', DAY_S) -- it expires if nobody ever calls `settle`
   return { 'ok' }
 end
 
