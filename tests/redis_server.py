@@ -41,6 +41,7 @@ class RedisServer:
         assert binary is not None
         appendonly = "yes" if self.appendonly else "no"
         command = [binary, "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", appendonly]
+        command += ["--appendfsync", "no"]  # what is written outlives the process; no test cuts the power
         self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.DEVNULL, cwd=self.folder)
         await wait_until(self._listens, "redis listens")
 

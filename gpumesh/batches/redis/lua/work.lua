@@ -100,10 +100,8 @@ function functions.release(worker)
   local batches = {}
   for index = 3, #ARGV, 5 do
     local id, token, line, delay_ms, counts = unpack(ARGV, index, index + 4)
-    local deliveries = find_claim(id, token, worker)
-    if deliveries then
-      call('XCLAIM', batch_key(id, 'work'), GROUP, NOBODY, 0, token, 'IDLE', math.max(0, HORIZON_MS - delay_ms),
-        'RETRYCOUNT', deliveries, 'JUSTID')
+    if find_claim(id, token, worker) then
+      call('XCLAIM', batch_key(id, 'work'), GROUP, NOBODY, 0, token, 'IDLE', math.max(0, HORIZON_MS - delay_ms), 'JUSTID')
       if counts == '1' then call('HINCRBY', batch_key(id, 'tries'), line, 1) end
       batches[id] = true
     end
