@@ -45,7 +45,7 @@ from tests.batches.killed_mesh import (  # noqa: E402
     write_mesh_yaml,
 )
 from tests.mesh.meshes import MODEL, host  # noqa: E402
-from tests.redis_server import run_redis  # noqa: E402
+from tests.redis_server import APPENDONLY, redis_server  # noqa: E402
 
 SERVERS = 2
 SLOTS = 4
@@ -83,7 +83,7 @@ async def measure(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gm-kills-")))
         own_redis = None
         if redis == "own":
-            own_redis = await stack.enter_async_context(run_redis(folder, appendonly=True))
+            own_redis = await stack.enter_async_context(redis_server(folder, *APPENDONLY))
             redis = own_redis.url
         more: dict[str, Any] = {} if redis is None else {"redis": {"url": redis}}
         servers = [await stack.enter_async_context(SimOllama(profile)) for profile in profiles]
@@ -109,7 +109,7 @@ async def measure(
                 kills += 1
                 await mesh.start()
                 if kill_redis and own_redis is not None and kills % meshes == 0:
-                    own_redis.kill()
+                    own_redis.stop()
                     await asyncio.sleep(1.0)
                     await own_redis.start()
                     redis_kills += 1

@@ -1,9 +1,8 @@
-"""A real redis-server on a Unix socket, which a test may kill, stop for a while, and start again."""
+"""A real redis-server, which a test may kill, stop for a while, and start again."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -12,36 +11,35 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis
+
 from tests.prerequisites import program
 from tests.tunnels.polling import wait_until
 
 
 @dataclass
 class RedisServer:
-    """A redis-server whose files are in ``folder``. With ``appendonly`` it has all data again after a restart; without
-    it, it is empty then. ``options`` are further options of its command line, like ``("--maxmemory", "4mb")``."""
+    """A redis-server on a Unix socket, and on ``port`` if there is one. Its files are in ``folder``. With the options
+    ``APPENDONLY`` it has all data again after a restart; without them, it is empty then."""
 
     folder: Path
-    appendonly: bool = False
     options: tuple[str, ...] = ()
+    port: int = 0
     process: subprocess.Popen[bytes] | None = None
-    socket_name: str = "redis.sock"
 
     @property
     def socket(self) -> Path:
-        return self.folder / self.socket_name
+        return self.folder / "redis.sock"
 
     @property
     def url(self) -> str:
         return f"unix://{self.socket}"
 
     async def start(self) -> None:
-        """Returns when the server listens. It may load its data for a moment more."""
+        """Returns when the server listens. It may read its data for a moment more."""
         binary = program("redis-server")
         assert binary is not None
-        appendonly = "yes" if self.appendonly else "no"
-        command = [binary, "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", appendonly]
-        command += ["--appendfsync", "no"]  # what is written outlives the process; no test cuts the power
+        command = [binary, "--port", str(self.port), "--unixsocket", str(self.socket), "--save", ""]
         self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.DEVNULL, cwd=self.folder)
         await wait_until(self._listens, "redis listens")
 
@@ -49,32 +47,45 @@ class RedisServer:
         with closing(socket.socket(socket.AF_UNIX)) as client:
             return client.connect_ex(str(self.socket)) == 0
 
-    def kill(self) -> None:
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
         """Ends the server as ``kill -9`` does."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         self.socket.unlink(missing_ok=True)
 
-    def send_signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        os.kill(self.process.pid, number)
+    def client(self, **options: object) -> redis.Redis:
+        """A client for what a test wants to know or to do itself."""
+        return redis.Redis(unix_socket_path=str(self.socket), **options)  # type: ignore[arg-type]
+
+
+# What is written outlives the process without fsync; no test cuts the power.
+APPENDONLY = ("--appendonly", "yes", "--appendfsync", "no")
 
 
 @asynccontextmanager
-async def run_redis(
-    folder: Path, *, appendonly: bool = False, options: tuple[str, ...] = ()
-) -> AsyncIterator[RedisServer]:
-    server = RedisServer(folder, appendonly, options)
+async def redis_server(folder: Path, *options: str, port: int = 0) -> AsyncIterator[RedisServer]:
+    folder.mkdir(exist_ok=True)
+    server = RedisServer(folder, options, port)
     await server.start()
     try:
         yield server
     finally:
-        server.kill()
+        server.stop()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 async def redis_cli(server: RedisServer, *arguments: str) -> str:
-    """What redis-cli prints for a command: another client than that of the code under test."""
+    """What redis-cli prints for a command."""
     binary = program("redis-cli")
     assert binary is not None
     command = (binary, "-s", str(server.socket), *arguments)

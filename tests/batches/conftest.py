@@ -22,7 +22,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     asyncio.run(server.start())
     yield server
-    server.kill()
+    server.stop()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=[pytest.mark.real, needs("redis-server")])])

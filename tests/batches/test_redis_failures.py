@@ -20,7 +20,7 @@ from gpumesh.batches.values import KEPT_S, BatchStatus, NewBatch, Release
 from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError
 from tests.batches.stores import ENDPOINT, LONG_S, answers, lines_of, one_chunk, start_batch
 from tests.prerequisites import needs
-from tests.redis_server import RedisServer, redis_cli, run_redis
+from tests.redis_server import APPENDONLY, RedisServer, redis_cli, redis_server
 
 pytestmark = [pytest.mark.real, needs("redis-server")]
 
@@ -55,12 +55,12 @@ async def until_it_answers(store: RedisBatchStore) -> None:
 
 
 async def test_a_killed_redis_has_everything_again_and_the_store_goes_on(tmp_path: Path) -> None:
-    async with run_redis(tmp_path, appendonly=True) as server, open_store(server) as store:
+    async with redis_server(tmp_path, *APPENDONLY) as server, open_store(server) as store:
         batch = await start_batch(store, 6)
         first = await store.claim("w", 3, lease_s=LONG_S)
         await store.record("w", answers(first[:1]))
         await store.release("w", [Release(first[1], counts=True)])
-        server.kill()
+        server.stop()
         for call in calls_of(store):
             with pytest.raises(BatchStoreError, match=r"Redis at .*redis.sock cannot be used for batches"):
                 await call()
@@ -82,10 +82,10 @@ async def test_a_killed_redis_has_everything_again_and_the_store_goes_on(tmp_pat
 
 
 async def test_a_restarted_redis_without_persistence_has_no_batch_and_the_store_goes_on(tmp_path: Path) -> None:
-    async with run_redis(tmp_path) as server, open_store(server) as store:
+    async with redis_server(tmp_path) as server, open_store(server) as store:
         batch = await start_batch(store, 2)
         claims = await store.claim("w", 2, lease_s=LONG_S)
-        server.kill()
+        server.stop()
         await server.start()
         await until_it_answers(store)
         with pytest.raises(BatchNotFound):
@@ -97,20 +97,20 @@ async def test_a_restarted_redis_without_persistence_has_no_batch_and_the_store_
 
 
 async def test_a_hung_redis_is_away_until_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with run_redis(tmp_path) as server, open_store(server) as store:
+    async with redis_server(tmp_path) as server, open_store(server) as store:
         batch = await start_batch(store, 2)
-        server.send_signal(signal.SIGSTOP)
+        server.send(signal.SIGSTOP)
         with monkeypatch.context() as impatient:
             impatient.setattr("gpumesh.batches.redis.script.ANSWER_TIMEOUT_S", 0.2)
             with pytest.raises(BatchStoreError, match="does not answer in time"):
                 await store.get_batch(batch.id)
-        server.send_signal(signal.SIGCONT)
+        server.send(signal.SIGCONT)
         assert (await store.get_batch(batch.id)).counts.total == 2
 
 
 async def test_nobody_notices_a_change_while_redis_is_away(tmp_path: Path) -> None:
-    async with run_redis(tmp_path) as server, open_store(server) as store:
-        server.kill()
+    async with redis_server(tmp_path) as server, open_store(server) as store:
+        server.stop()
         async with asyncio.timeout(20.0):
             await store.wait_for_change(0.05)
         await server.start()
@@ -122,7 +122,7 @@ async def test_nobody_notices_a_change_while_redis_is_away(tmp_path: Path) -> No
 
 async def test_a_full_redis_changes_nothing(tmp_path: Path) -> None:
     options = ("--maxmemory", "8mb", "--maxmemory-policy", "noeviction")
-    async with run_redis(tmp_path, options=options) as server, open_store(server) as store:
+    async with redis_server(tmp_path, *options) as server, open_store(server) as store:
         batch = await start_batch(store, 2)
         claims = await store.claim("w", 1, lease_s=LONG_S)
 
@@ -148,7 +148,7 @@ async def test_a_full_redis_changes_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_redis_that_only_reads(tmp_path: Path) -> None:
-    async with run_redis(tmp_path) as server, open_store(server) as store:
+    async with redis_server(tmp_path) as server, open_store(server) as store:
         batch = await start_batch(store, 1)
         await redis_cli(server, "REPLICAOF", "127.0.0.1", "1")
         with pytest.raises(BatchStoreError):
@@ -158,7 +158,7 @@ async def test_a_redis_that_only_reads(tmp_path: Path) -> None:
 
 
 async def test_a_wrong_password_is_not_named(tmp_path: Path) -> None:
-    async with run_redis(tmp_path, options=("--requirepass", "open-sesame")) as server:
+    async with redis_server(tmp_path, "--requirepass", "open-sesame") as server:
         async with open_store(server, "wrong-word") as store:
             with pytest.raises(BatchStoreError) as caught:
                 await store.list_files()
@@ -168,7 +168,7 @@ async def test_a_wrong_password_is_not_named(tmp_path: Path) -> None:
 
 
 async def test_all_keys_are_the_meshs_own_and_expire(tmp_path: Path) -> None:
-    async with run_redis(tmp_path) as server, open_store(server) as store:
+    async with redis_server(tmp_path) as server, open_store(server) as store:
         batch = await start_batch(store, 9)
         claims = await store.claim("w", 6, lease_s=LONG_S)
         await store.record("w", answers(claims[:1]) + answers(claims[1:2], failed=True))
@@ -184,7 +184,7 @@ async def test_all_keys_are_the_meshs_own_and_expire(tmp_path: Path) -> None:
 
 
 async def test_batches_and_files_are_kept_for_some_time(tmp_path: Path) -> None:
-    async with run_redis(tmp_path) as server, open_store(server, kept_s=0.1) as store:
+    async with redis_server(tmp_path) as server, open_store(server, kept_s=0.1) as store:
         batch = await start_batch(store, 1, new=None)
         await asyncio.sleep(0.3)
         assert (await store.get_batch(batch.id)).counts.total == 1, "it has not ended"
@@ -207,7 +207,7 @@ async def test_the_parts_of_a_file_that_was_never_whole_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpumesh.batches.redis.store.UPLOAD_SILENT_S", 0.05)
-    async with run_redis(tmp_path) as server, open_store(server) as store, open_store(server) as other:
+    async with redis_server(tmp_path) as server, open_store(server) as store, open_store(server) as other:
 
         async def chunks() -> AsyncIterator[bytes]:
             yield b"x" * 300_000
@@ -223,7 +223,7 @@ async def test_the_parts_of_a_file_that_was_never_whole_are_removed(
 
 @pytest.mark.parametrize("part", ["", ":work", ":lines", ":output"])
 async def test_what_others_have_written_under_our_keys_is_an_error(tmp_path: Path, part: str) -> None:
-    async with run_redis(tmp_path) as server, open_store(server) as store:
+    async with redis_server(tmp_path) as server, open_store(server) as store:
         batch = await start_batch(store, 1)
         await redis_cli(server, "SET", f"gpumesh:1:{{{MESH}}}:batches:batch:{batch.id}{part}", "nonsense")
         reached = 0
@@ -269,9 +269,11 @@ async def losing_answers(server: RedisServer, folder: Path, function: bytes) -> 
         to_server.close()
         await asyncio.gather(answering, return_exceptions=True)
 
-    listening = await asyncio.start_unix_server(relay, folder / "relay.sock")
-    relayed = RedisServer(folder)
-    relayed.socket_name = "relay.sock"
+    relay_folder = folder / "relay"
+    relay_folder.mkdir(exist_ok=True)
+    relayed = RedisServer(relay_folder)
+    relayed.socket.unlink(missing_ok=True)
+    listening = await asyncio.start_unix_server(relay, relayed.socket)
     try:
         yield relayed
     finally:
@@ -281,7 +283,7 @@ async def losing_answers(server: RedisServer, folder: Path, function: bytes) -> 
 
 
 async def test_a_call_whose_answer_was_lost_is_repeated_and_does_nothing_twice(tmp_path: Path) -> None:
-    async with run_redis(tmp_path) as server, open_store(server) as store:
+    async with redis_server(tmp_path) as server, open_store(server) as store:
         file = await store.create_file("a", one_chunk(b"line"))
         async with losing_answers(server, tmp_path, b"create_batch") as relay, open_store(relay) as relayed:
             made = await relayed.create_batch(NewBatch(ENDPOINT, file.id))

@@ -21,7 +21,7 @@ from gpumesh.errors import BatchStoreError
 from tests.batches.scripted_sender import ScriptedSender
 from tests.batches.stores import one_chunk
 from tests.prerequisites import needs
-from tests.redis_server import RedisServer, run_redis
+from tests.redis_server import APPENDONLY, RedisServer, redis_server
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, needs("redis-server")]
@@ -97,13 +97,13 @@ async def check_results(store: BatchStore, batch: Batch, count: int) -> None:
 async def test_a_batch_goes_on_when_its_redis_was_killed(tmp_path: Path) -> None:
     count = 400
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(run_redis(tmp_path, appendonly=True))
+        server = await stack.enter_async_context(redis_server(tmp_path, *APPENDONLY))
         store = await stack.enter_async_context(RedisBatchStore(server.url, MESH, password=lambda: None))
         workers = [await stack.enter_async_context(working(server.url)) for _ in range(2)]
         batch = await submit(store, count)
         for completed in (100, 250):
             await wait_for_completed(store, batch, completed)
-            server.kill()
+            server.stop()
             for worker in workers:
                 await wait_until(worker.is_cut_off, "it has noticed that Redis is away")
             await server.start()
@@ -157,7 +157,7 @@ async def reachable(server: RedisServer, folder: Path) -> AsyncIterator[tuple[st
 async def test_a_worker_that_cannot_reach_redis_for_some_time_records_nothing_twice(tmp_path: Path) -> None:
     count = 60
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(run_redis(tmp_path))
+        server = await stack.enter_async_context(redis_server(tmp_path))
         store = await stack.enter_async_context(RedisBatchStore(server.url, MESH, password=lambda: None))
         url, set_open = await stack.enter_async_context(reachable(server, tmp_path))
         lonely = await stack.enter_async_context(working(url))

@@ -1,24 +1,20 @@
-"""A real redis-server for tests, and gateways that share places over it."""
+"""Gateways that share places over a real redis-server (``tests/redis_server.py``)."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
-import socket
-import subprocess
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import monotonic
-
-import redis
 
 from gpumesh.balancer.base import Priority
 from gpumesh.coordination.base import PlaceRequest
 from gpumesh.coordination.several_gateways import SeveralGateways
 from gpumesh.coordination.timing import Timing
-from tests.prerequisites import program
+from tests.redis_server import RedisServer as RedisServer
+from tests.redis_server import free_port as free_port
+from tests.redis_server import redis_server as redis_server
 from tests.tunnels.polling import wait_until
 
 # A tenth of the usual times, but a time-out that a busy machine keeps.
@@ -35,59 +31,6 @@ SHORT = Timing(
     max_pause_s=0.2,
 )
 KEY = "GPU-1"
-
-
-@dataclass
-class RedisServer:
-    """A redis-server on a Unix socket, and on ``port`` if there is one. It stores no files."""
-
-    folder: Path
-    options: tuple[str, ...] = ()
-    port: int = 0
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.folder / 'redis.sock'}"
-
-    async def start(self) -> None:
-        binary = program("redis-server")
-        assert binary is not None
-        socket_path = self.folder / "redis.sock"
-        command = [binary, "--port", str(self.port), "--unixsocket", str(socket_path), "--save", ""]
-        self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.DEVNULL, cwd=self.folder)
-        await wait_until(socket_path.exists, "redis listens")
-
-    def send(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        (self.folder / "redis.sock").unlink(missing_ok=True)
-
-    def client(self, **options: object) -> redis.Redis:
-        """A client for what a test wants to know or to do itself."""
-        return redis.Redis(unix_socket_path=str(self.folder / "redis.sock"), **options)  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def redis_server(folder: Path, *options: str, port: int = 0) -> AsyncIterator[RedisServer]:
-    folder.mkdir(exist_ok=True)
-    server = RedisServer(folder, options, port)
-    await server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def request(

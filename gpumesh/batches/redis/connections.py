@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from gpumesh.coordination.redis_connection import find_master, open_connection
-from gpumesh.coordination.redis_urls import RedisAddress, moved_address
+from gpumesh.coordination.redis_urls import ReadPassword, RedisAddress, moved_address
 from gpumesh.coordination.timing import Timing
 from gpumesh.event_loop.stall_timeout import stall_timeout
 
@@ -21,7 +20,7 @@ _TIMING = Timing(answer_s=CONNECT_TIMEOUT_S)  # of the sentinels
 class Connections:
     """Connects when it is asked first. ``password`` is called at each connect, and its result is not stored."""
 
-    def __init__(self, address: RedisAddress, password: Callable[[], str | None]) -> None:
+    def __init__(self, address: RedisAddress, password: ReadPassword) -> None:
         self._address = address
         self._password = password
         # The server that answers for ``address``: that which the sentinels or a MOVED have named. ``None``: not known.

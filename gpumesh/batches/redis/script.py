@@ -32,7 +32,7 @@ class RedisScript:
     """The functions, for the batches of one mesh in the Redis at ``url``, which holds no password.
 
     ``password`` and ``sentinel_password`` are called at each connect, and their results are not stored; ``ca_file`` has
-    the certificates that may sign the server's. Connects when it is used first. Raises ConfigError if ``url`` is no URL
+    the certificates that may sign the server's. Connects when it is used first. Raises UsageError if ``url`` is no URL
     of Redis.
     """
 
@@ -42,8 +42,8 @@ class RedisScript:
         mesh: str,
         *,
         password: ReadPassword,
-        ca_file: str | None = None,
         sentinel_password: ReadPassword = lambda: None,
+        ca_file: str | None = None,
     ) -> None:
         self.prefix = f"gpumesh:{KEY_VERSION}:{{{mesh}}}:batches"
         self.description = describe_url(url)
@@ -120,7 +120,8 @@ class RedisScript:
         try:
             return await self._ask("EVALSHA", self._digest, *keys, function, *arguments)
         except NoScriptError:  # Redis is new, or was restarted
-            return await self._ask("EVAL", self._text, *keys, function, *arguments)
+            await self._ask("SCRIPT", "LOAD", self._text)
+            return await self._ask("EVALSHA", self._digest, *keys, function, *arguments)
 
     async def _ask(self, *command: str | bytes | int) -> Any:
         return await self._connections.ask(*command, timeout_s=ANSWER_TIMEOUT_S)

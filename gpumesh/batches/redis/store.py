@@ -11,7 +11,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +32,7 @@ from gpumesh.batches.values import (
     Release,
     Result,
 )
+from gpumesh.coordination.redis_urls import ReadPassword
 from gpumesh.errors import BatchStoreError
 
 MAX_ANSWER_BYTES = 4 << 20  # the contents in one answer have about so many bytes at most: Redis does nothing else then
@@ -48,12 +49,12 @@ class RedisBatchStore(RedisFiles):
         url: str,
         mesh: str,
         *,
-        password: Callable[[], str | None],
+        password: ReadPassword,
+        sentinel_password: ReadPassword = lambda: None,
         ca_file: str | None = None,
-        sentinel_password: Callable[[], str | None] = lambda: None,
         kept_s: float = KEPT_S,
     ) -> None:
-        script = RedisScript(url, mesh, password=password, ca_file=ca_file, sentinel_password=sentinel_password)
+        script = RedisScript(url, mesh, password=password, sentinel_password=sentinel_password, ca_file=ca_file)
         super().__init__(script, kept_s=kept_s)
         self._newest_change = "0-0"  # the entry of the stream ``changes`` up to which ``wait_for_change`` has waited
 
