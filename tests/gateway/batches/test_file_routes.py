@@ -18,6 +18,7 @@ from gpumesh.topology import GatewaySpec
 from tests.gateway.batches.serving import serve_batches
 from tests.gateway.fleet import RunningGateway, quick_host, send_raw
 from tests.gateway.test_key_limits import bearer, key
+from tests.tunnels.polling import wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -175,10 +176,9 @@ async def test_an_upload_that_breaks_off_leaves_nothing(served: Served) -> None:
     )
     writer.write(head.encode() + form(PURPOSE, FILE, end=b"")[:-2] + b"x" * 4_000_000)
     await writer.drain()
+    await wait_until(lambda: bool(running.gateway._active), "the upload has begun")
     writer.close()
-    async with asyncio.timeout(5):
-        while running.mesh.snapshot().gateway.in_flight or running.gateway._active:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: not running.gateway._active, "the upload has ended")
     assert len(await store.list_files()) == before
     del reader
 
