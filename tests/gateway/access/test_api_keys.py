@@ -8,7 +8,7 @@ import pytest
 
 from gpumesh.config.credentials import read_secret_file
 from gpumesh.errors import SecretMissing, UsageError
-from gpumesh.gateway.access.api_keys import ApiKeys, read_api_keys
+from gpumesh.gateway.access.api_keys import ApiKeys, find_key_by_name, read_api_keys
 from gpumesh.gateway.http.client_key import ClientKey
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.text.model_names import full_name
@@ -119,3 +119,11 @@ def test_what_a_limited_key_may_use() -> None:
     assert caught.value.status == 403
     ClientKey("own").require_all()
     ClientKey("own").require_node("b")
+
+
+def test_a_key_is_found_by_the_name_under_which_its_usage_counts() -> None:
+    spec = GatewaySpec(api_key_env="ALL", keys=(KeySpec("ann", sha256="0" * 64, models=("A",), tokens_per_month=5),))
+    assert find_key_by_name(spec, "$ALL", str.lower) == ClientKey(label="ALL")
+    assert find_key_by_name(spec, "ann", str.lower) == ClientKey("ann", "ann", None, None, frozenset("a"), None, 5)
+    for name in ("ALL", "$OTHER", "bob", "", "(run)", "(no key)"):
+        assert find_key_by_name(spec, name, str.lower) is None
