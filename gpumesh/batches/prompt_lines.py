@@ -65,6 +65,8 @@ def _parse_line(line: str, location: str) -> Any:
             f"{location}:{error.colno}: not JSON: {error.msg}",
             hint="all lines of this file are read as JSON; one that is only a prompt has to stand in double quotes",
         ) from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise UsageError(f"{location}: a number is too long") from error
 
 
 def _read_messages(value: Any, location: str) -> tuple[Message, ...]:

@@ -75,6 +75,7 @@ def test_messages_with_images() -> None:
         ('{"messages": [{"role": "user", "content": "a", "images": [5]}]}', "images of a message are strings"),
         ('{"messages": [{"role": "user", "content": "a", "images": "QUJD"}]}', "images is not a list"),
         ("[" * 100_000, "p.jsonl:1: not JSON: nested too deeply"),
+        ('{"prompt": %s}' % ("1" * 5000), "p.jsonl:1: a number is too long"),
     ],
 )
 def test_each_problem_names_its_line(text: str, said: str) -> None:
