@@ -200,6 +200,7 @@ async def test_a_mesh_works_on_a_batch_while_it_is_watched(direct: SimulatedMesh
     assert "completed" in watched.out
     assert "40 of 40" in watched.out
     assert "no mesh is running" not in watched.err
+    assert (await gpumesh("batch", "results", "--failed")).err == f"{batch} has no failed results\n"
     results = (await gpumesh("batch", "results", batch)).lines()
     assert [result["index"] for result in results] == list(range(40))
     assert [result["prompt"] for result in results] == prompts.splitlines()

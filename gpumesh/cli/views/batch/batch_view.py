@@ -97,7 +97,7 @@ def _list_facts(progress: BatchProgress, now: float) -> Iterator[tuple[str, str]
 
 def _describe_rate(progress: BatchProgress) -> str:
     if not progress.rate_per_s:
-        return "no result in the last minutes"
+        return "no result in the last minutes; `gpumesh status` shows whether nodes are up"
     left = format_left(progress)
     return f"{format_rate(progress.rate_per_s)}, about {left} left" if left else format_rate(progress.rate_per_s)
 

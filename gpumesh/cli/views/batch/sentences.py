@@ -24,6 +24,8 @@ def describe_results(batch: Batch, out: str | None, *, written: int, failed: int
     counts = batch.counts
     if out is not None:
         yield f"{_count(written, 'failed result' if only_failed else 'result')} written to {out}"
+    elif not written:
+        yield f"{batch.id} has no {'failed ' if only_failed else ''}results{'' if batch.status.has_ended else ' yet'}"
     if counts.unfinished:
         missing = f"{counts.unfinished:,} of {counts.total:,} have no result{'' if batch.status.has_ended else ' yet'}"
         yield f"{batch.id} is {format_status(batch.status)}: {missing}"
