@@ -369,7 +369,6 @@ batch stop batch_1                  batch cancel batch_1
 batch delete batch_1                batch rm batch_1
 batch pause batch_1                 ? batch cancel
 batch show -f batch_1               ? batch show
-batch results --json                ? batch show
 batch submit -f prompts.jsonl       ? batch submit
 """
 ROWS = [

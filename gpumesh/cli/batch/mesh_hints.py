@@ -31,9 +31,13 @@ def print_model_hint(options: GlobalOptions, model: str) -> None:
 
 
 def _mesh_runs(options: GlobalOptions) -> bool:
+    """Whether a mesh of this mesh.yaml runs here; true also where that cannot be found out, as nothing is said then."""
     from gpumesh.daemon.mesh_lock import LockWatch
 
-    watch = LockWatch.open(options.paths())
+    try:
+        watch = LockWatch.open(options.paths())
+    except GPUMeshError:
+        return True
     if watch is None:
         return False
     with watch:

@@ -238,6 +238,7 @@ def results(
     ] = False,
     only_failed: Annotated[bool, typer.Option("--failed", help="Only those that have failed.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file of -o.")] = False,
+    as_json: Annotated[bool, json_option("Changes nothing: results are JSON lines in any case.")] = False,
 ) -> None:
     """Print the results that there are, as JSON lines: those of OpenAI's API, or for prompts those of `run -f`.
 
@@ -252,6 +253,7 @@ def results(
     """
     from gpumesh.cli.batch.read_batch import write_results
 
+    del as_json
     options = global_options(ctx)
     found, copied = run_async(write_results(options, batch, out, follow=follow, only_failed=only_failed, force=force))
     if not options.quiet:

@@ -32,7 +32,6 @@ OPTION_POINTERS: Mapping[tuple[str, str], str] = {
     **dict.fromkeys([("batch submit", name) for name in ("-f", "--file")], _BATCH_FILE),
     **dict.fromkeys([("batch show", name) for name in ("-f", "--follow")], _BATCH_WATCH),
     **dict.fromkeys([("batch results", name) for name in ("-w", "--watch")], _BATCH_FOLLOW),
-    ("batch results", "--json"): "results are JSON lines in any case; `gpumesh batch show --json` has their counts",
     ("status", "--no-stream"): "`gpumesh status` shows the state once",
     **dict.fromkeys([("logs", name) for name in ("-p", "--previous", "-t", "--timestamps")], _FROM_START),
     **dict.fromkeys([("logs", name) for name in ("-w", "--watch")], "`gpumesh logs -f` stays and shows what comes"),
