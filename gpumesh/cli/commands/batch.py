@@ -19,7 +19,8 @@ from gpumesh.cli.open_session import run_async
 from gpumesh.cli.output_format import OutputFormat, choose_format, output_option, print_document, print_names
 from gpumesh.cli.prompt_options import ModelSettingsOption, NodeOption, SystemOption
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.errors import ExitCode
+from gpumesh.errors import ExitCode, UsageError
+from gpumesh.text.quoting import paste_command
 
 if TYPE_CHECKING:
     from gpumesh.batches.base import BatchStore
@@ -43,12 +44,13 @@ BatchesArgument = Annotated[
     typer.Argument(metavar="BATCH...", help="The ids or their beginnings.", autocompletion=completion.complete_batches),
 ]
 JsonOption = Annotated[bool, json_option("As JSON: gpumesh.batch/1.")]
+FormatOption = Annotated[OutputFormat | None, output_option()]
 
 app = new_app(invoke_without_command=True)
 
 
 @app.callback()
-def batch(ctx: typer.Context) -> None:
+def batch(ctx: typer.Context, as_json: JsonOption = False, output: FormatOption = None) -> None:
     """Many requests of a file, worked on in the gaps of the mesh until each has a result. Without a command: list.
 
     \b
@@ -58,7 +60,10 @@ def batch(ctx: typer.Context) -> None:
       gpumesh batch results -o answers.jsonl
     """
     if ctx.invoked_subcommand is None:
-        _list_batches(global_options(ctx), None, limit=LISTED)
+        _list_batches(global_options(ctx), choose_format(output, as_json), limit=LISTED)
+    elif as_json or output is not None:
+        hint = paste_command("gpumesh batch {COMMAND} --json", COMMAND=ctx.invoked_subcommand)
+        raise UsageError("--json and -o belong behind the command", hint=hint)
 
 
 # -- submit ----------------------------------------------------------------------------------------------------------
@@ -153,7 +158,7 @@ def list_(
     ctx: typer.Context,
     show_all: Annotated[bool, typer.Option("--all", "-a", help=f"Not only the {LISTED} latest.")] = False,
     as_json: JsonOption = False,
-    output: Annotated[OutputFormat | None, output_option()] = None,
+    output: FormatOption = None,
 ) -> None:
     """The batches of this mesh.yaml, the latest first. A batch is kept for 30 days after its end.
 

@@ -76,6 +76,8 @@ def test_a_batch_from_its_file_to_its_results(config: Path) -> None:
         "no mesh is running to work on batches: `gpumesh up -d` starts it",
     ]
     assert invoke("batch", "list", "-o", "name").out == f"{batch}\n"
+    assert json.loads(invoke("batch", "--json").out)["batches"][0]["id"] == batch
+    assert "hint: `gpumesh batch show --json`" in invoke("batch", "--json", "show", code=2).err
     assert f"{batch}  ◐ in progress   0 %" in invoke("batch").out
     claims = work(config, 2, failed={3})
     assert [json.loads(claim.content) for claim in claims] == [
