@@ -39,6 +39,8 @@ PRIVATE = {
 # Those whose distribution has another name than what is imported.
 DISTRIBUTIONS = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "pytest_asyncio": "pytest-asyncio"}
 
+FOLDERS = {path.name for path in ROOT.iterdir()}  # none of them is another's package
+
 
 def by_name(requirements: list[Requirement]) -> list[object]:
     return [pytest.param(requirement, id=requirement.name) for requirement in requirements]
@@ -64,8 +66,9 @@ def find_imports(folder: str) -> Iterator[tuple[Path, str, str]]:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             for name in names:
                 package = name.partition(".")[0]
-                ours = (ROOT / package).exists() or path.with_name(f"{package}.py").exists()
-                if package not in sys.stdlib_module_names and not ours:
+                if package in sys.stdlib_module_names or package in FOLDERS:
+                    continue
+                if not path.with_name(f"{package}.py").exists():
                     yield path.relative_to(ROOT), package, name
 
 

@@ -35,6 +35,12 @@ def names_a_kind(node: ast.expr) -> bool:
     return any(isinstance(part, ast.Constant) and part.value in NAMES for part in ast.walk(node))
 
 
+def names_backend_kind(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Name) and node.id == "BackendKind") or (
+        isinstance(node, ast.Attribute) and node.attr == "BackendKind"
+    )
+
+
 def find_problems(tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "BackendKind":
@@ -45,7 +51,7 @@ def find_problems(tree: ast.Module) -> Iterator[tuple[int, str]]:
             operands = [node.left, *node.comparators]
             if any(map(is_kind, operands)) and any(map(names_a_kind, operands)):
                 yield node.lineno, "compares a kind with its name"
-            if any("BackendKind" in ast.unparse(operand) for operand in operands):
+            if any(names_backend_kind(part) for operand in operands for part in ast.walk(operand)):
                 yield node.lineno, "compares with a member of BackendKind"
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from gpumesh.topology import SshSpec
 from tests.tunnels.polling import children
@@ -27,10 +29,22 @@ needs_sshd = pytest.mark.skipif(SSHD is None or shutil.which("ssh-keygen") is No
 
 def keygen(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> Path:
     """A new key. One of RSA is as short as sshd and paramiko still take without a word: a longer one takes seconds."""
+    if kind == "ed25519" and not passphrase:
+        _write_ed25519(path)
+        return path
     size = ("-b", "2048") if kind == "rsa" else ()
     command = ["ssh-keygen", "-q", "-t", kind, *size, "-N", passphrase, "-C", "test", "-f", str(path)]
     subprocess.run(command, check=True, timeout=30)
     return path
+
+
+def _write_ed25519(path: Path) -> None:
+    """As ``ssh-keygen`` writes them. The program takes several times as long, and there are hundreds of keys."""
+    key = Ed25519PrivateKey.generate()
+    path.touch(mode=0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    path.with_name(f"{path.name}.pub").write_bytes(public + b" test\n")
 
 
 def port_of_this_worker() -> int:

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 MODEL = "big"
-LIMIT_MIB = 400  # of each host; the model has 514 MiB
+LIMIT_MIB = 190  # of each host; the model has 226 MiB
 DEVIATION = 0.05
 LAYERS = 9  # eight blocks, and the output
 # Such as "sched_reserve: RPC0[127.0.0.1:51071] compute buffer size =    28.51 MiB".
