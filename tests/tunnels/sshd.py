@@ -194,7 +194,7 @@ def run_agent(folder: Path, *keys: Path, confirm: bool = False) -> Iterator[Path
     agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 20
-        while not path.exists():
+        while not is_listening(path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         if keys:
@@ -205,6 +205,12 @@ def run_agent(folder: Path, *keys: Path, confirm: bool = False) -> Iterator[Path
         agent.kill()
         agent.wait()
         path.unlink(missing_ok=True)
+
+
+def is_listening(path: Path) -> bool:
+    """Whether somebody listens at a Unix socket. For a moment the socket exists and refuses."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
 
 
 def listener() -> socket.socket:

@@ -18,6 +18,7 @@ from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.prerequisites import needs
 from tests.tunnels.hosts.account import PASSWORD
 from tests.tunnels.hosts.visit import Expected, Host, running, visiting
+from tests.tunnels.sshd import is_listening
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, needs("sshd", "ssh", "nss-wrapper")]
 
@@ -132,7 +133,7 @@ def agent_with_key(socket: Path, key: Path) -> Iterator[None]:
     agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(socket)], stdout=subprocess.DEVNULL)
     try:
         for _ in range(1000):
-            if socket.exists():
+            if is_listening(socket):
                 break
             time.sleep(0.01)
         subprocess.run(["ssh-add", "-q", str(key)], check=True, timeout=20)

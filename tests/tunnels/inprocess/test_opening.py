@@ -18,7 +18,7 @@ from tests.tunnels.inprocess.connecting import connect_error, connected, run_com
 from tests.tunnels.polling import wait_until
 from tests.tunnels.questioning_server import QuestioningServer, run_questioning_server
 from tests.tunnels.recorded_events import RecordedEvents
-from tests.tunnels.sshd import Sshd, keygen, needs_sshd, serving
+from tests.tunnels.sshd import Sshd, is_listening, keygen, needs_sshd, serving
 from tests.tunnels.traffic import echo, exchange
 
 pytestmark = [pytest.mark.real, needs_sshd]
@@ -252,7 +252,7 @@ async def test_an_agent(sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "agent"
     agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
     try:
-        await wait_until(path.exists, "the agent's socket")
+        await wait_until(lambda: is_listening(path), "the agent's socket")
         monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
         subprocess.run(["ssh-add", "-q", str(sshd.identity)], check=True, timeout=10)
         async with connected(sshd.spec(identity_files=(), agent=True)) as (connection, _):
