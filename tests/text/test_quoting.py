@@ -92,6 +92,14 @@ _COMMAND = re.compile(
 # What is put in there can be nothing else than a word of ours, or one whose form mesh.yaml's reader has checked.
 _CHECKED = {
     ("audit/tunnel.py", "try it by hand: \0"),
+    ("batches/engine.py", "gpumesh was killed \0 times while this request was under way"),
+    ("gateway/batches/file_routes.py", "`gpumesh batch rm \0` does that now"),  # an id that our store has made
+    ("gateway/batches/upload.py", "purpose is required: it is `\0`"),
+    ("gateway/batches/upload.py", "purpose is `\0`: files are kept here for batches only"),
+    ("gateway/body_parsers/upload_form.py", "the form has `\0` twice"),
+    ("gateway/body_parsers/upload_form.py", "`\0` is plain text, and only `\0` is a file"),
+    ("gateway/body_parsers/upload_form.py", "`\0` is too long"),
+    ("gateway/body_parsers/upload_form.py", "`\0`"),
     ("backends/continuation/chat_streams.py", "an answer with `\0` cannot be continued"),
     ("backends/continuation/ollama_streams.py", "an answer with `\0` cannot be continued"),
     ("cli/commands/audit.py", "gpumesh audit, \0: \0"),

@@ -210,5 +210,6 @@ async def test_a_mesh_works_on_a_batch_while_it_is_watched(direct: SimulatedMesh
     missing = await gpumesh("batch", "submit", "-", "-m", "qwen2.5:70b", stdin="one\n")
     assert "no node that is up has the model 'qwen2.5:70b' now" in missing.err
     assert f"did you mean {MODEL}" in missing.err
-    await gpumesh("batch", "cancel", missing.out.strip())
+    failed = (await gpumesh("batch", "results", missing.out.strip(), "--follow", code=1)).lines()
+    assert ["qwen2.5:70b" in result["error"] for result in failed] == [True]
     await gpumesh("down")
