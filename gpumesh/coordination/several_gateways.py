@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
@@ -34,6 +35,7 @@ from gpumesh.errors import GPUMeshError
 from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.state import Finding, Severity
 from gpumesh.text.printable import printable
+from gpumesh.tunnels.local_system.network_watch import total_sleep_s
 
 E = TypeVar("E", bound=BaseException)
 
@@ -45,9 +47,15 @@ MAX_MOVES = 3  # so often in a row a Redis Cluster may send this gateway to anot
 MAX_UNKNOWN = 5  # so often in a row a step may be answered that this gateway is not known
 
 
+def _total_sleep_s() -> float:
+    """``total_sleep_s`` where a change of the wall clock does not look like a sleep; else 0."""
+    return total_sleep_s() if sys.platform == "linux" else 0.0
+
+
 class SeveralGateways:
     """``url`` holds no password; ``password`` and ``sentinel_password`` are called at each connect, and their results
-    are not stored. ``on_change`` is that of ``create_coordination``. ``clock`` returns monotonic seconds."""
+    are not stored. ``on_change`` is that of ``create_coordination``. ``clock`` returns monotonic seconds, and ``slept``
+    the seconds that this machine slept: meanwhile other gateways may have taken this one for dead."""
 
     def __init__(
         self,
@@ -60,6 +68,7 @@ class SeveralGateways:
         ca_file: str | None = None,
         sentinel_password: ReadPassword = lambda: None,
         timing: Timing = DEFAULT_TIMING,
+        slept: Callable[[], float] = _total_sleep_s,
     ) -> None:
         self.problem: str | None = None
         """Why places are not shared now. ``None``: they are shared, or the first attempt to connect is under way."""
@@ -68,10 +77,10 @@ class SeveralGateways:
         self._prefix = f"gpumesh:{VERSION}:{{{mesh}}}:"
         self._password = password
         self._on_change = on_change
-        self._clock = clock
+        self._clock: Callable[[], float] = lambda: clock() + slept()
         self._timing = timing
         self._wanted = asyncio.Event()  # a step is due
-        self._places = Places(mesh, clock=clock, on_wanted=self._wake, timing=timing)
+        self._places = Places(mesh, clock=self._clock, on_wanted=self._wake, timing=timing)
 
     def __repr__(self) -> str:
         return f"<SeveralGateways {self.exchange.gateway} {self._places!r} problem {self.problem!r}>"

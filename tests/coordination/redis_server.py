@@ -46,13 +46,15 @@ def request(
 
 @dataclass
 class Gateway:
-    """A gateway of a test. ``waiting`` are requests that it places in ``on_change``, the first one first."""
+    """A gateway of a test. ``waiting`` are requests that it places in ``on_change``, the first one first. ``slept_s``:
+    for so long its machine has slept."""
 
     places: SeveralGateways = field(init=False)
     waiting: list[PlaceRequest] = field(default_factory=list)
     placed: list[PlaceRequest] = field(default_factory=list)
     held: int = 0
     most_held: int = 0
+    slept_s: float = 0.0
     changes: list[Collection[str]] = field(default_factory=list)
 
     def on_change(self, keys: Collection[str]) -> None:
@@ -125,6 +127,7 @@ async def gateway(
         clock=monotonic,
         ca_file=ca_file,
         timing=timing,
+        slept=lambda: running.slept_s,
     )
     task = asyncio.create_task(running.places.run())
     try:

@@ -195,20 +195,15 @@ async def test_a_gateway_process_that_is_stopped_continued_and_killed(redis: Red
             await process.wait()
 
 
-async def test_a_gateway_that_was_stopped_asks_before_it_takes(redis: RedisServer) -> None:
-    """The clock of the gateway goes on while it is stopped. When it goes on, others may have its places."""
-    now = 100.0
-    timing = replace(SHORT, heartbeat_s=1000.0, dead_s=0.3, own_s=5.0)
-    async with (
-        gateway(redis.url, timing=timing) as one,
-        gateway(redis.url, timing=replace(timing, heartbeat_s=0.1)) as two,
-    ):
-        one.places._places._clock = lambda: now
+async def test_a_gateway_whose_machine_slept_asks_before_it_takes(redis: RedisServer) -> None:
+    """When it goes on, others may have its places."""
+    silent, alert = replace(SHORT, heartbeat_s=1000.0, dead_s=0.3, own_s=5.0), replace(SHORT, dead_s=0.3)
+    async with gateway(redis.url, timing=silent) as one, gateway(redis.url, timing=alert) as two:
         assert await one.take()
         assert one.places.take_now(KEY)
         await wait_until(lambda: two.places.exchange.other_gateways() == frozenset(), "it is taken for dead")
         assert await two.take()
-        now = 106.0  # its event loop runs again, and no answer of Redis has been read yet
+        one.slept_s = 6.0  # its event loop runs again, and no answer of Redis has been read yet
         assert one.places.take_now(KEY) is None
         assert not await one.take(), "it has registered again, and the place is the other one's"
         assert one.problem == ""
