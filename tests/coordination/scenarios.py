@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from tests.coordination.mesh_processes import GatewayProcess, Reply, SteadyLoad, percentile, wait_for
 from tests.coordination.redis_server import RedisServer
@@ -115,6 +116,28 @@ async def kill_gateway(
         free_s = await wait_for(all_were_in_use, limit_s=10.0)
         await asyncio.sleep(0.2)
     return free_s, load.failures(ignored=[victim.number])
+
+
+async def clients_that_leave(
+    gateways: Sequence[GatewayProcess], servers: Sequence[SlotServer], *, count: int, answer_ms: int, seed: int = 1
+) -> list[str]:
+    """Sends more requests at once than there are slots, each second of which is given up at any moment of its life.
+    Returns what failed. Afterwards no gateway may hold a place: a load as in ``kill_gateway`` would find all slots."""
+    rng = Random(seed)
+    slots = sum(server.slots for server in servers)
+    seconds = count * answer_ms / 1000 / slots / 2  # a half of the requests need their slots
+
+    async def ask(number: int) -> Reply | None:
+        await asyncio.sleep(rng.random() * seconds)
+        asking = asyncio.create_task(gateways[number % len(gateways)].ask(f"leaves-{number}", answer_ms=answer_ms))
+        if number % 2:
+            await asyncio.sleep(rng.random() * 2 * answer_ms / 1000)
+            asking.cancel()
+        await asyncio.wait([asking])
+        return None if asking.cancelled() else asking.result()
+
+    replies = await asyncio.gather(*(ask(number) for number in range(count)))
+    return [f"{reply.status} {reply.body}" for reply in replies if reply is not None and reply.status != 200]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ measures the same for longer."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ import pytest_asyncio
 
 from tests.coordination.mesh_processes import GatewayProcess, gateway_processes
 from tests.coordination.redis_server import RedisServer
-from tests.coordination.scenarios import interactive_beside_batch, kill_gateway, lose_redis, outages, steady_load
+from tests.coordination.scenarios import (
+    clients_that_leave,
+    interactive_beside_batch,
+    kill_gateway,
+    lose_redis,
+    outages,
+    steady_load,
+)
 from tests.coordination.slot_server import SlotServer
 from tests.prerequisites import needs
 
@@ -62,6 +70,21 @@ async def test_interactive_requests_overtake_the_waiting_batch_of_another_gatewa
     assert order.failures == []
     assert order.waited == 0, order
     assert min(order.overtaken) > 20, "an interactive request waits for one answer at most, not for the batch"
+
+
+async def test_clients_that_leave_at_any_moment_leave_no_places(fleet: Fleet) -> None:
+    assert await clients_that_leave(fleet.gateways, fleet.servers, count=160, answer_ms=ANSWER_MS) == []
+    for server in fleet.servers:
+        server.forget()
+    slots = SERVERS * SLOTS
+    async with asyncio.TaskGroup() as tasks:
+        asked = [
+            tasks.create_task(gateway.ask(f"all-{number}", answer_ms=3 * ANSWER_MS))
+            for number in range(slots)
+            for gateway in fleet.gateways
+        ]
+    assert {task.result().status for task in asked} == {200}
+    assert [server.most_running for server in fleet.servers] == [SLOTS] * SERVERS, "each place is free again"
 
 
 @pytest.mark.parametrize("how", ["stopped", "hung", "flushed"])
