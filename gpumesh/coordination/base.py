@@ -63,6 +63,10 @@ class Coordination(Protocol):
         """Asks for a place, for at most about half a second. Returns whether this gateway holds one place more. Raises
         only CancelledError; the place is then given back if it was granted."""
 
+    def hold(self, key: str) -> None:
+        """Counts one place more without asking, also beyond the limit: a request that runs already was counted under
+        another key, and is released there."""
+
     def release(self, key: str, priority: Priority, client: str, cost_correction: float = 0.0) -> None:
         """Gives a place back. ``cost_correction``: the true cost of the request minus the expected one, in weighted
         tokens; minus the expected cost if the server gave nothing."""

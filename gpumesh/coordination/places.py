@@ -92,6 +92,13 @@ class Places:
         """The request of a take whose answer has not come has gone."""
         self._of(key).cancel(take)
 
+    def hold(self, key: str) -> None:
+        """As ``Coordination.hold``."""
+        places = self._of(key)
+        places.held += 1
+        places.used_at = self._clock()
+        self._mark(places, is_dirty=not places.owns)
+
     def release(self, key: str, priority: Priority, client: str, cost_correction: float) -> None:
         """As ``Coordination.release``."""
         places = self._of(key)

@@ -112,6 +112,9 @@ class SeveralGateways:
                 self._places.cancel(key, take)
             raise
 
+    def hold(self, key: str) -> None:
+        self._places.hold(key)
+
     def release(self, key: str, priority: Priority, client: str, cost_correction: float = 0.0) -> None:
         self._places.release(key, priority, client, cost_correction)
 

@@ -23,6 +23,9 @@ class SingleGateway:
     async def take(self, key: str, request: PlaceRequest) -> bool:  # noqa: ARG002
         return True
 
+    def hold(self, key: str) -> None:
+        pass
+
     def release(self, key: str, priority: Priority, client: str, cost_correction: float = 0.0) -> None:
         pass
 

@@ -287,6 +287,8 @@ class Dispatcher:
         """Grants slots again, and looks for requests that have no node any more: a node may have been lost, or may
         serve other models than before."""
         self._groups_may_fail = True
+        if self._places is not None:
+            self._places.follow_keys()
         self.grant_waiting()
 
     def note_places_changed(self, keys: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 from gpumesh.balancer.account import NodeAccount
-from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.base import Priority
 from gpumesh.balancer.fairness.lane import QueueEntry
 from gpumesh.balancer.scheduling.scheduler import Scheduler
 from gpumesh.balancer.scheduling.waiting import Group, Waiting, could_serve
@@ -42,6 +42,7 @@ class SharedPlaces:
         self._queue = scheduler.queue
         self._coordination = coordination
         self._clock = clock
+        self._held: dict[Lease, str] = {}  # the key of each place that a lease has
         self._soon: asyncio.Handle | None = None  # announces at the end of this turn
         self._later: asyncio.TimerHandle | None = None  # announces when a key is not refused any more
         # For each key for which requests were announced: the number and the limit of each of them.
@@ -86,13 +87,26 @@ class SharedPlaces:
     def _keep(self, lease: Lease, key: str) -> None:
         """Lets the lease give the place back at its end, under the key under which it was taken: the key of a node
         changes when its GPUs are seen."""
+        self._held[lease] = key
+        lease.give_back_place = partial(self._give_back, lease)
+
+    def _give_back(self, lease: Lease, cost_correction: float) -> None:
         assert lease.placement is not None
         placed = lease.placement.placed
-        lease.give_back_place = partial(self._give_back, key, placed.account, placed.demand)
-
-    def _give_back(self, key: str, account: NodeAccount, demand: Demand, cost_correction: float) -> None:
+        key, demand = self._held.pop(lease), placed.demand
         self._coordination.release(key, demand.priority, demand.client, cost_correction)
-        self._update_others(account)
+        self._update_others(placed.account)
+
+    def follow_keys(self) -> None:
+        """The keys of nodes may have changed, because their GPUs are known now. Moves the places of their requests to
+        the new keys, whether or not there is room."""
+        for lease, key in self._held.items():
+            new_key = lease.node.coordination_key
+            if new_key != key and lease.placement is not None:
+                demand = lease.placement.placed.demand
+                self._held[lease] = new_key
+                self._coordination.hold(new_key)
+                self._coordination.release(key, demand.priority, demand.client)
 
     def _update_others(self, account: NodeAccount) -> None:
         """Tells the accounts of these GPUs what the other gateways have there. The first of them answers for all."""

@@ -227,3 +227,13 @@ async def test_messages_and_facts_reach_the_others(redis: RedisServer) -> None:
         await wait_until(lambda: two_exchange.facts("fact") == {}, "the fact is gone")
         with pytest.raises(ValueError, match="longer"):
             one_exchange.send("topic", "x" * 100_000)
+
+
+async def test_a_held_place_counts_for_the_others_also_beyond_the_limit(redis: RedisServer) -> None:
+    async with gateway(redis.url) as one, gateway(redis.url) as two:
+        assert await two.take(request(2))
+        one.places.hold(KEY)
+        one.places.hold(KEY)
+        two.release()
+        await wait_until(lambda: two.places.others_in_flight(KEY, 0, None) == 2, "both are counted")
+        assert not await two.take(request(2))

@@ -36,6 +36,10 @@ class Neighbours(SingleGateway):
         self.given_back: list[tuple[Priority, str, float]] = []
         self.keys: set[str] = set()
 
+    def hold(self, key: str) -> None:
+        self.keys.add(key)
+        self.own += 1
+
     def take_now(self, key: str) -> bool | None:
         self.keys.add(key)
         if not self.granted:
@@ -143,6 +147,21 @@ async def test_a_place_goes_back_under_the_key_under_which_it_was_taken() -> Non
         desk.fleet["a"]._snapshots._coordination_key = "GPU-1"  # as after the first look at the GPUs
         lease.release(Outcome.SERVED)
         assert neighbours.keys == {taken}
+        assert neighbours.own == 0
+
+
+async def test_a_running_request_keeps_its_place_when_the_gpus_of_its_node_become_known() -> None:
+    neighbours = Neighbours()
+    async with open_desk("a", neighbours=neighbours) as desk:
+        lease = await desk.acquire(BATCH)
+        desk.fleet["a"]._snapshots._coordination_key = "GPU-1"
+        desk.dispatcher.note_nodes_changed()
+        assert "GPU-1" in neighbours.keys
+        assert neighbours.own == 1, "one place was given back, and one more is held"
+        assert neighbours.given_back == [(Priority.BATCH, "bob", 0.0)]
+        desk.dispatcher.note_nodes_changed()
+        assert len(neighbours.given_back) == 1
+        lease.release(Outcome.SERVED)
         assert neighbours.own == 0
 
 
