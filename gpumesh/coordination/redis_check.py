@@ -19,7 +19,7 @@ from gpumesh.coordination.redis_connection import RedisConnection, find_master, 
 from gpumesh.coordination.redis_urls import read_address
 from gpumesh.coordination.several_gateways import ALL_CHANNEL, VERSION
 from gpumesh.coordination.step_messages import StepRequest, encode_request
-from gpumesh.coordination.timing import DEFAULT_TIMING
+from gpumesh.coordination.timing import DEFAULT_TIMING, SLOW_S
 from gpumesh.event_loop.stall_timeout import stall_timeout
 from gpumesh.text.printable import printable
 from gpumesh.text.versions import version_key
@@ -27,7 +27,6 @@ from gpumesh.topology import RedisSpec
 
 OLDEST_VERSION = "6.2"  # XAUTOCLAIM, which durable batches use, came with 6.2
 PINGS = 5
-SLOW_MS = 20.0  # a request waits for one or two answers before it is sent
 FULL_SHARE = 0.9  # of the memory that Redis may use
 MAX_INFO_BYTES = 1 << 18
 
@@ -126,7 +125,7 @@ def _find_problems(facts: Mapping[str, str], answer_ms: float) -> Iterator[str]:
         yield "it is a replica, which may only be read"
     if answer_ms >= DEFAULT_TIMING.answer_s * 1000.0:
         yield f"it needs {answer_ms:.0f} ms for an answer: gateways would go on alone"
-    elif answer_ms >= SLOW_MS:
+    elif answer_ms >= SLOW_S * 1000.0:
         yield f"it needs {answer_ms:.0f} ms for an answer, and each request on a shared node waits for one or two"
     used, allowed = (_read_count(facts.get(name, "")) for name in ("used_memory", "maxmemory"))
     if allowed and used > FULL_SHARE * allowed:

@@ -30,7 +30,7 @@ from gpumesh.coordination.step_messages import (
     decode_reply,
     encode_request,
 )
-from gpumesh.coordination.timing import DEFAULT_TIMING, Timing
+from gpumesh.coordination.timing import DEFAULT_TIMING, SLOW_S, AnswerTimes, Timing
 from gpumesh.errors import GPUMeshError
 from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.state import Finding, Severity
@@ -79,6 +79,7 @@ class SeveralGateways:
         self._on_change = on_change
         self._clock: Callable[[], float] = lambda: clock() + slept()
         self._timing = timing
+        self._answer_times = AnswerTimes()
         self._wanted = asyncio.Event()  # a step is due
         self._places = Places(mesh, clock=self._clock, on_wanted=self._wake, timing=timing)
 
@@ -129,10 +130,17 @@ class SeveralGateways:
 
     def findings(self) -> tuple[Finding, ...]:
         if self.problem is None:
-            return ()
+            return self._find_slow_answers()
         message = f"other gateways are not heard, this one goes on alone: Redis: {self.problem}"
         hint = "check that `redis.url` is right and answers"
         return (Finding("redis-away", Severity.WARNING, None, message, hint),)
+
+    def _find_slow_answers(self) -> tuple[Finding, ...]:
+        least_s = self._answer_times.least_s
+        if least_s is None or least_s < SLOW_S:
+            return ()
+        message = f"Redis needs {least_s * 1000:.0f} ms and more for an answer: so long requests on shared nodes wait"
+        return (Finding("redis-slow", Severity.WARNING, None, message, "use a Redis that is nearer, or less busy"),)
 
     # -- the link ------------------------------------------------------------------------------------------------
 
@@ -203,7 +211,9 @@ class SeveralGateways:
             if is_heartbeat:
                 await connection.ping()
             request = self._build_request(is_heartbeat=is_heartbeat)
+            sent_at = self._clock()
             reply = decode_reply(await connection.step(encode_request(request)))
+            self._answer_times.note(self._clock() - sent_at)
             if reply.is_known:
                 break
             self._start_joining()  # Redis was flushed, or has taken this gateway for dead

@@ -1,8 +1,12 @@
-"""``Timing``: the intervals and time-outs of a coordination, in seconds."""
+"""``Timing``: the intervals and time-outs of a coordination, in seconds. ``AnswerTimes``: whether Redis is slow."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+
+SLOW_S = 0.02  # a request on a shared node waits for one or two answers before it is sent
+COUNTED_ANSWERS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +39,22 @@ class Timing:
 
 
 DEFAULT_TIMING = Timing()
+
+
+class AnswerTimes:
+    """The times in seconds that the last answers of Redis took."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=COUNTED_ANSWERS)
+
+    def __repr__(self) -> str:
+        return f"<AnswerTimes least {self.least_s}>"
+
+    def note(self, seconds: float) -> None:
+        self._last.append(seconds)
+
+    @property
+    def least_s(self) -> float | None:
+        """The shortest of the last ``COUNTED_ANSWERS``; ``None`` before there were so many. Not a mean: a busy event
+        loop makes some answers look slow, a Redis that is far away or overloaded all of them."""
+        return min(self._last) if len(self._last) == COUNTED_ANSWERS else None

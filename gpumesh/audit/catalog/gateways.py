@@ -17,6 +17,16 @@ EXPLANATIONS = (
         "replica and has memory left. With a single gateway, take `redis` out of mesh.yaml.",
     ),
     Explanation(
+        "redis-slow",
+        W,
+        "answers of Redis take long",
+        "Each of the last answers of Redis took 20 ms or more. A request on a node that several gateways use waits for "
+        "one or two of them before it is sent, and a freed place stays free for so long. From 300 ms on this gateway "
+        "would go on alone.",
+        "Use a Redis in the network of the gateways, not one behind a slow line; look whether it is overloaded "
+        "(`redis-cli --latency`, `SLOWLOG GET`).",
+    ),
+    Explanation(
         "redis-ca",
         W,
         "the certificates for Redis cannot be used",
