@@ -245,9 +245,13 @@ class NodeSlots:
                 is_known = stored.search is SlotSearch.KNOWN
                 self._add_model(model).limit = set_ceiling(limit, now) if is_known else limit
 
-    def forget_idle(self) -> None:
-        """Forgets the models without a request in flight, because newer limits of them are known elsewhere."""
-        self._models = {model: slots for model, slots in self._models.items() if slots.in_flight}
+    def replace_idle(self, document: object, *, now: float) -> None:
+        """As ``restore``, but also for the models that have been used and have no request in flight, because the
+        document is newer."""
+        for model in msgspec.convert(document, _StoredLimits):
+            if model in self._models and not self._models[model].in_flight:
+                del self._models[model]
+        self.restore(document, now=now)
 
 
 def _is_anything_known(limit: ParallelLimit) -> bool:

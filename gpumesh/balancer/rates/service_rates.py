@@ -356,13 +356,13 @@ class ServiceRates:
                 self._last_load = load_s
                 _add_bounded(self._load, model, load_s)
 
-    def forget_all(self) -> None:
-        """Forgets what was measured on this node, because newer figures of it are known elsewhere."""
-        self._note_change()
-        self._decode.clear()
-        self._prefill.clear()
-        self._load.clear()
-        self._last_decode = self._last_prefill = self._last_load = None
+    def replace(self, document: object) -> None:
+        """As ``restore``, but also for the models that have been measured, because the document is newer."""
+        stored = msgspec.convert(document, _StoredRates)
+        for known, newer in ((self._decode, stored.decode), (self._prefill, stored.prefill), (self._load, stored.load)):
+            for model in newer:
+                known.pop(model, None)
+        self.restore(document)
 
 
 def _storable(values: dict[str, _Value]) -> Iterator[tuple[str, _Value]]:

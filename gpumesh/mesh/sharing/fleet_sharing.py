@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from socket import gethostname
+from typing import Any
 
 import msgspec
 
@@ -245,30 +246,42 @@ class FleetSharing:
                 self._restore(shared, figures)
 
     def _restore(self, shared: _SharedNode, figures: LearnedFigures) -> None:
-        """Gives the node newer figures. What was measured since this gateway began stays; what was stored before does
-        not. Damaged figures are ignored."""
+        """Gives the node newer figures of the models that its server lists. What was measured since this gateway began
+        stays; what was stored before does not. Damaged figures are ignored."""
         node, now = shared.node, self._clock()
+        trial = _Trial(node)
         try:
-            restore_figures(_Trial(node), figures.rates, figures.limits, server_version=figures.server_version, now=now)
+            restore_figures(trial, figures.rates, figures.limits, server_version=figures.server_version, now=now)
         except ValueError:
             return
-        is_unused = not math.isfinite(node.account.learned_at) and not node.account.placed
-        if is_unused:
-            node.rates.forget_all()
-            if figures.server_version == node.server_version:
-                node.learned_slots.forget_idle()
-        restore_figures(node, figures.rates, figures.limits, server_version=figures.server_version, now=now)
+        limits = _keep_listed(trial.learned_slots.as_dict(), node)
+        rates = {
+            part: _keep_listed(values, node) if isinstance(values, dict) else values
+            for part, values in trial.rates.as_dict().items()
+        }
+        if math.isfinite(node.account.learned_at) or node.account.placed:  # in use since this gateway began
+            node.rates.restore(rates)
+            node.learned_slots.restore(limits, now=now)
+        else:
+            node.rates.replace(rates)
+            node.learned_slots.replace_idle(limits, now=now)
         shared.told_at = min(figures.learned_at, self._wall_clock())  # the other clock may be ahead
 
 
 class _Trial:
-    """Stands for a node, to try whether figures can be read."""
+    """Stands for a node while figures are read."""
 
     def __init__(self, node: Node) -> None:
         self.host_key = node.host_key
         self.server_version = node.server_version
         self.rates = ServiceRates()
         self.learned_slots = NodeSlots()
+
+
+def _keep_listed(values: dict[str, Any], node: Node) -> dict[str, Any]:
+    """The values of the models that the node's server lists. Others would push out what was measured here."""
+    listed = node.account.models
+    return {model: value for model, value in values.items() if listed is None or model in listed}
 
 
 def _describe_gateway(gateway: str, presence: Presence, *, is_own: bool) -> MeshGatewayState:

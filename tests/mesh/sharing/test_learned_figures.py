@@ -83,6 +83,13 @@ def test_newer_figures_replace_older_ones_of_others_but_not_the_other_way_round(
     assert token_ms(node) == 30.0, "another server"
 
 
+def test_older_figures_of_a_model_that_the_newer_ones_lack_stay() -> None:
+    sharing, node, server = make_sharing()
+    node.rates.learn(OTHER, tokens=100, eval_s=0.5)  # as from the file: nothing was measured since the start
+    sharing.take_learned(figures(server, NOW, token_s=0.01))
+    assert (token_ms(node), token_ms(node, OTHER)) == (10.0, 5.0)
+
+
 def test_what_was_measured_here_stays_and_what_is_lacking_is_taken() -> None:
     sharing, node, server = make_sharing()
     measure(node, OTHER, 0.005)
@@ -97,6 +104,17 @@ def test_limits_are_taken_only_for_the_same_version() -> None:
     sharing.take_learned(figures(server, NOW, proven=8))
     assert node.rates.is_measured(MODEL)
     assert node.learned_slots.proven_slots() == {}
+
+
+def test_figures_of_models_that_the_server_does_not_list_are_left_out() -> None:
+    sharing, node, server = make_sharing()
+    node.account.models = frozenset({OTHER})
+    sharing.take_learned(figures(server, NOW))
+    assert node.rates.is_empty
+    assert node.learned_slots.proven_slots() == {}
+    node.account.models = frozenset({MODEL})
+    sharing.take_learned(figures(server, NOW + 1.0))
+    assert node.rates.is_measured(MODEL)
 
 
 @pytest.mark.parametrize("raw", [b"1", b"null", b'{"format":2}', b"[" * 5000 + b"]" * 5000, b'{"m":{"proven":1e9}}'])
