@@ -217,6 +217,7 @@ def test_a_nonsensical_version_is_not_the_oldest(ollama: Fleet, version: str) ->
     assert ollama.runner.run(merged()) == {"version": HONEST.version}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @EXAMPLES
 @given(ollama_answers(*NAMES))
@@ -249,6 +250,7 @@ def test_absurd_answers_of_an_ollama_leave_the_other_node_usable(ollama: Fleet, 
     ollama.check(answers)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @EXAMPLES
 @given(openai_answers(*NAMES))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
+
 from gpumesh.bench.comparison.compare import compare
 from gpumesh.bench.comparison.gate import check_gate
 from tests.bench.comparison.simulated_runs import false_verdicts, make_result, missed_decode_figures
@@ -16,6 +18,7 @@ PAIRS = 20
 REPEAT = 6
 
 
+@pytest.mark.slow
 def test_equal_results_have_no_verdict_and_slower_decoding_is_found_in_every_figure() -> None:
     rng = random.Random(1)
     pairs_with_false_verdicts = gate_failures = 0
