@@ -283,8 +283,8 @@ async def test_a_cut_answer_to_a_too_large_request_ends_in_an_error() -> None:
 
 
 def held() -> list[int]:
-    """The sizes of the large bodies that exist. They were made while the garbage collector was off, so they are among the
-    youngest objects; all objects are millions."""
+    """The sizes of the large bodies that exist. They were made while the garbage collector was off, so they are among
+    the youngest objects; all objects are millions."""
     return [len(one.body) for one in gc.get_objects(generation=0) if isinstance(one, HttpCall) and len(one.body) > MIB]
 
 
