@@ -287,7 +287,7 @@ def test_gateways_serve_in_the_order_of_one_queue(server: Server, entries: list[
     fleet[1].waiting.clear()
     fleet[1].announce()
     fleet[1].step()
-    server.client.delete(*(f"{PREFIX}served:{rank}" for rank in range(3)), f"{PREFIX}levels")
+    server.client.delete(*(f"{PREFIX}served:{rank}" for rank in range(3)))
     queue: FairQueue[None] = FairQueue(1000)
     for position, (number, priority, cost) in enumerate(entries):
         name = fleet[number].name

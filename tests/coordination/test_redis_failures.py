@@ -128,7 +128,7 @@ async def test_redis_without_memory(redis: RedisServer) -> None:
 async def test_redis_that_evicts_what_it_stored(redis: RedisServer) -> None:
     client = redis.client()
     async with sharing_gateways(redis.url) as (one, two):
-        for key in (f"node:{KEY}", f"mail:{two.places.exchange.gateway}", "served:1", "levels"):
+        for key in (f"node:{KEY}", f"mail:{two.places.exchange.gateway}", "served:1", "gateways"):
             client.delete("gpumesh:1:{mesh}:" + key)
             await asyncio.sleep(SHORT.heartbeat_s * 3)
             assert not await two.take()

@@ -19,8 +19,8 @@ from tests.tunnels.polling import wait_until
 
 # What a user of Redis must be allowed to do: docs/how-to/several-gateways.md has the same list.
 COMMANDS = (
-    "ping subscribe evalsha script|load publish time get set del incr expire hget hset hdel hgetall hkeys "
-    "zadd zcard zscore zremrangebyrank"
+    "ping subscribe evalsha script|load publish time get set del incr expire hset hdel hgetall hkeys "
+    "zadd zcard zmscore zremrangebyrank"
 )
 
 

@@ -8,7 +8,7 @@
 --   gateways      hash: gateway -> "SESSION TIME", the time of its last step. Only gateways in it live.
 --   node:KEY      JSON: who holds and wants places of the key, and the gateway that uses it alone (``owner``)
 --   mail:GATEWAY  JSON: messages that the gateway has not confirmed yet
---   served:CLASS  sorted set: client (a hash) -> what it was served, in weighted tokens; levels: hash: class -> level
+--   served:CLASS  sorted set: client (a hash) -> what it was served, in weighted tokens; '' -> the level of the class
 --   facts         hash: "GATEWAY TOPIC" -> text; facts_version grows with each change
 -- What a gateway has in node:KEY counts only while the gateway lives with the same session. So nobody cleans up.
 
@@ -23,6 +23,7 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 -- Gateways that live, and their mail
 
 local sessions = {}  -- of the gateways that live, by gateway
+local last_at = 0  -- the stored time of this gateway's last step
 local boxes = {}  -- mail by gateway, loaded when needed
 
 local function load_box(gateway)
@@ -83,6 +84,7 @@ local function load_gateways()
       table.insert(dead, gateway)
     else
       sessions[gateway] = tonumber(session)
+      if gateway == me then last_at = tonumber(last) end
     end
   end
   for _, gateway in ipairs(dead) do remove_gateway(gateway) end

@@ -171,7 +171,7 @@ local function sync(item)
   local entry = node.gateways[me] or {session = request.session, held = 0, used = 0, heads = {}}
   node.gateways[me] = entry
   for _, charge in ipairs(item.charges) do
-    set_counter(charge[1], charge[2], counter_of(charge[1], charge[2]) + bounded(charge[3]))
+    correct_charge(charge[1], charge[2], charge[3])
   end
   local unseen = count_unseen_grants(key)
   entry.held = item.held + unseen

@@ -41,8 +41,10 @@ if request.registers then
 elseif sessions[me] ~= request.session then
   return cmsgpack.pack({is_known = false})
 end
-redis.call('HSET', prefix .. 'gateways', me, string.format('%d %.3f', request.session, now))
-redis.call('EXPIRE', prefix .. 'gateways', EXPIRE_S)
+if request.registers or now - last_at > request.dead_s / 20 then  -- not in each step, as it costs time
+  redis.call('HSET', prefix .. 'gateways', me, string.format('%d %.3f', request.session, now))
+  redis.call('EXPIRE', prefix .. 'gateways', EXPIRE_S)
+end
 
 local box = load_box(me)
 while box.items[1] and box.items[1][1] <= request.seen do
@@ -51,12 +53,14 @@ while box.items[1] and box.items[1][1] <= request.seen do
 end
 local replies = {}
 for _, item in ipairs(request.keys) do table.insert(replies, sync(item)) end
+save_counters()
 for _, message in ipairs(request.messages) do
   redis.call('PUBLISH', prefix .. 'all', cmsgpack.pack({me, message[1], message[2]}))
 end
 set_facts()
 local version, facts = -1, {}
-if request.facts_version >= 0 then  -- otherwise the gateway does not ask for facts this time
+if request.facts_version >= 0 then  -- a heartbeat; otherwise the gateway does not ask for facts
+  keep_counters()
   redis.call('EXPIRE', prefix .. 'facts', EXPIRE_S)
   redis.call('EXPIRE', prefix .. 'facts_version', EXPIRE_S)
   version = tonumber(redis.call('GET', prefix .. 'facts_version') or 0)
