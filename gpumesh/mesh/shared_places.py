@@ -25,6 +25,10 @@ from gpumesh.text.model_names import full_name
 # If no waiting request has used a granted place, none is announced for its node during this time. Otherwise the place
 # would be granted again at once.
 REFUSED_S = 0.05
+# To announce the waiting requests, all nodes are looked at. In a fleet of more nodes than LARGE_FLEET this is done once
+# for all changes within LARGE_FLEET_S.
+LARGE_FLEET = 32
+LARGE_FLEET_S = 0.02
 # A request that was denied so many places one after the other pauses before it asks again.
 MAX_DENIALS = 3
 DENIED_PAUSE_S = 0.02
@@ -147,15 +151,17 @@ class SharedPlaces:
     # -- announcements -------------------------------------------------------------------------------------------
 
     def announce_soon(self) -> None:
-        """Announces the waiting requests at the end of this turn of the event loop, because some of them have
-        changed."""
+        """Announces the waiting requests at the end of this turn of the event loop, because some of them have changed;
+        in a large fleet a moment later."""
         if self._soon is None and (self._announced or (self._queue.size and self._coordination.shared_keys())):
-            self._soon = asyncio.get_running_loop().call_soon(self.announce)
+            loop = asyncio.get_running_loop()
+            is_large = len(self._fleet) > LARGE_FLEET
+            self._soon = loop.call_later(LARGE_FLEET_S, self.announce) if is_large else loop.call_soon(self.announce)
 
     def announce(self) -> None:
         """Announces the best waiting requests for each shared key."""
         self.close()
-        now, shared = self._clock(), self._coordination.shared_keys()
+        now, shared = self._clock(), frozenset(self._coordination.shared_keys())
         heads: dict[str, list[tuple[NodeAccount, QueueEntry[Waiting]]]] = {}
         if self._queue.size and shared:
             for node in self._fleet:

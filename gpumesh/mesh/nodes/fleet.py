@@ -42,6 +42,9 @@ class Fleet:
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
 
+    def __len__(self) -> int:
+        return len(self._nodes)
+
     def __getitem__(self, name: str) -> Node:
         return self._nodes[name]
 
