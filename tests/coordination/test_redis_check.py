@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ from redis.exceptions import RedisError
 
 from gpumesh.coordination.redis_check import _find_problems, check_redis
 from gpumesh.topology import RedisSpec
-from tests.coordination.redis_server import gateway, redis_server
+from tests.coordination.redis_server import free_port, gateway, redis_server
 from tests.prerequisites import needs
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, needs("redis-server")]
 
@@ -64,6 +67,32 @@ async def test_the_user_of_the_documentation_may_do_all_that_is_needed(
         assert (await check_redis(spec, "garage")).problems != (), "another mesh"
         async with gateway(spec.url, password=lambda: "PASSWORD", mesh="home") as one:
             assert one.is_joined
+
+
+async def test_sentinels_may_have_a_password_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SENTINEL_WORD", "open-sesame")
+    ports = free_port(), free_port()
+    sentinel = tmp_path / "sentinel.conf"
+    sentinel.write_text(f"port {ports[1]}\nrequirepass open-sesame\nsentinel monitor main 127.0.0.1 {ports[0]} 1\n")
+    url = f"redis+sentinel://127.0.0.1:{ports[1]}/main/0"
+    async with redis_server(tmp_path / "one", "--appendonly", "yes", port=ports[0]):
+        process = await asyncio.create_subprocess_exec(
+            "redis-server", str(sentinel), "--sentinel", stdout=asyncio.subprocess.DEVNULL
+        )
+        try:
+            await wait_until(lambda: _listens(ports[1]), "the sentinel listens")
+            report = await check_redis(RedisSpec(url, sentinel_password_env="SENTINEL_WORD"), "home")
+            assert report.problems == ()
+            with pytest.raises(RedisError, match=r"(?i)auth"):
+                await check_redis(RedisSpec(url), "home")
+        finally:
+            process.kill()
+            await process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize(
