@@ -72,8 +72,9 @@ async def test_many_requests_keep_their_order_and_no_two_workers_get_the_same(pl
 
 async def test_a_claim_whose_lease_has_ended_goes_to_another_worker(store: BatchStore, other: BatchStore) -> None:
     batch = await start_batch(store, 3)
-    claims = await store.claim("killed", 2, lease_s=SHORT_S)
+    claims = await store.claim("killed", 2, lease_s=LONG_S)
     assert lines_of(await other.claim("v", 1, lease_s=LONG_S)) == [3]
+    await store.renew("killed", claims, lease_s=SHORT_S)
     await asyncio.sleep(OVER_SHORT_S)
     assert (await store.get_batch(batch.id)).counts.claimed == 1
     again = await other.claim("v", 9, lease_s=LONG_S)
@@ -229,10 +230,20 @@ async def test_a_cancelled_batch_waits_for_the_requests_under_way(store: BatchSt
 async def test_a_cancelled_batch_does_not_wait_for_a_killed_worker(store: BatchStore, other: BatchStore) -> None:
     batch = await start_batch(store, 1)
     await store.claim("killed", 1, lease_s=SHORT_S)
-    assert (await other.cancel(batch.id)).status is BatchStatus.CANCELLING
+    await other.cancel(batch.id)
     await asyncio.sleep(OVER_SHORT_S)
+    assert (await other.get_batch(batch.id)).status is BatchStatus.CANCELLED, "also if no worker lives"
+    assert [found.status for found in await other.list_batches()] == [BatchStatus.CANCELLED]
     await other.settle()
     assert (await other.get_batch(batch.id)).status is BatchStatus.CANCELLED
+
+
+async def test_a_cancelled_batch_whose_requests_all_get_results_is_completed(store: BatchStore) -> None:
+    batch = await start_batch(store, 2)
+    claims = await store.claim("w", 2, lease_s=LONG_S)
+    await store.cancel(batch.id)
+    await store.record("w", answers(claims))
+    assert (await store.get_batch(batch.id)).status is BatchStatus.COMPLETED
 
 
 async def test_a_batch_that_has_ended_is_not_cancelled(store: BatchStore) -> None:

@@ -159,11 +159,12 @@ def finish_validation(connection: Connection, batch_id: str, through_line: int, 
 
 
 def end_when_done(connection: Connection, number: int, now: float) -> None:
-    """Ends a batch that is IN_PROGRESS and has a result for each request."""
+    """Ends a batch that is IN_PROGRESS or CANCELLING and has a result for each request."""
+    ends = BatchStatus.EXPIRED.value, BatchStatus.COMPLETED.value
     connection.execute(
         "UPDATE batches SET status = iif(has_expired, ?, ?), ended_at = ?"
-        " WHERE number = ? AND status = ? AND completed + failed = total",
-        (BatchStatus.EXPIRED.value, BatchStatus.COMPLETED.value, now, number, BatchStatus.IN_PROGRESS.value),
+        " WHERE number = ? AND status IN (?, ?) AND is_validated AND completed + failed = total",
+        (*ends, now, number, BatchStatus.IN_PROGRESS.value, BatchStatus.CANCELLING.value),
     )
 
 
@@ -196,7 +197,7 @@ def mark_reopened(connection: Connection, number: int, now: float) -> None:
     """Lets the batch be worked on from now on, with a new window."""
     connection.execute(
         "UPDATE batches SET status = iif(is_validated, ?, ?), ended_at = NULL, cancelling_at = NULL, has_expired = 0,"
-        " in_progress_at = ?, expires_at = ? + window_s WHERE number = ? AND status != ?",
+        " in_progress_at = iif(is_validated, ?, NULL), expires_at = ? + window_s WHERE number = ? AND status != ?",
         (BatchStatus.IN_PROGRESS.value, BatchStatus.VALIDATING.value, now, now, number, DELETED_STATUS),
     )
 

@@ -53,6 +53,7 @@ local function end_if_cancelled(id)
 end
 
 local function describe(id)
+  end_if_cancelled(id) -- if no worker lives that would do it
   local claimed = ENDED[status_of(id)] and 0 or count_claimed(id)
   return { id, call('HGETALL', batch_key(id)), claimed, call('LRANGE', batch_key(id, 'bad'), 0, -1) }
 end
@@ -86,6 +87,7 @@ function functions.list_batches(owner, every_owner, after, limit, ...)
   for _, status in ipairs({ ... }) do is_wanted[status] = true end
   for _, id in ipairs(ids_after(ALL, after) or {}) do
     if #batches >= tonumber(limit) then break end
+    end_if_cancelled(id)
     local status = status_of(id)
     if status and (next(is_wanted) == nil or is_wanted[status])
         and (every_owner == '1' or call('HGET', batch_key(id), 'owner') == owner) then
@@ -167,6 +169,7 @@ end
 -- batch: takes back a piece of the failed results. The answer ends with "more" until none is left, and the batch is in
 -- progress again. A batch that was cancelled while its file was read is read again from there on.
 function functions.retry(id)
+  end_if_cancelled(id)
   local status = status_of(id)
   if not status then return no_batch(id) end
   if not ENDED[status] or status == 'failed' then return { 'conflict', 'the batch is ' .. status } end
@@ -203,6 +206,7 @@ function functions.retry(id)
 end
 
 function functions.delete_batch(id)
+  end_if_cancelled(id)
   local status = status_of(id)
   if not status then return no_batch(id) end
   if not ENDED[status] then return { 'conflict', 'the batch has not ended: it is ' .. status } end
