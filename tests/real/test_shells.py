@@ -47,9 +47,10 @@ async def running_mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterato
         yield made
 
 
-@pytest.fixture
-def mesh(running_mesh: SimulatedMesh, tmp_path: Path) -> SimulatedMesh:
-    """The running mesh, used from a new home folder."""
+@pytest_asyncio.fixture(loop_scope="module")
+async def mesh(running_mesh: SimulatedMesh, tmp_path: Path) -> SimulatedMesh:
+    """The running mesh, used from a new home folder, when it knows the models of both hosts."""
+    await running_mesh.wait_all_up()
     home = tmp_path / "home"
     home.mkdir()
     return replace(running_mesh, gpumesh=replace(running_mesh.gpumesh, home=home))
