@@ -238,6 +238,10 @@ class Places:
             self._wants_step = True
             self._on_wanted()
 
+    def has_grants(self) -> bool:
+        """Whether there are granted places that the mesh must take in this turn."""
+        return any(places.grants for places in self._keys.values())
+
     def return_unused_grants(self) -> None:
         """Gives back the places that were granted and that the mesh did not take."""
         for places in self._keys.values():
