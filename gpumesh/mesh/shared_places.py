@@ -26,12 +26,15 @@ from gpumesh.text.model_names import full_name
 # would be granted again at once.
 REFUSED_S = 0.05
 # To announce the waiting requests, all nodes are looked at. In a fleet of more nodes than LARGE_FLEET this is done once
-# for all changes within LARGE_FLEET_S.
+# for all changes within LARGE_FLEET_S_PER_NODE for each node.
 LARGE_FLEET = 32
-LARGE_FLEET_S = 0.02
+LARGE_FLEET_S_PER_NODE = 0.0001
 # A request that was denied so many places one after the other pauses before it asks again.
 MAX_DENIALS = 3
 DENIED_PAUSE_S = 0.02
+
+_Head = tuple[NodeAccount, QueueEntry[Waiting]]
+"""A waiting request, and the node for which it is announced."""
 
 
 class SharedPlaces:
@@ -131,14 +134,11 @@ class SharedPlaces:
 
     def note_granted(self, keys: Collection[str]) -> None:
         """The waiting requests have got what is free on the GPUs of these keys. Announces those that wait now."""
-        if self._queue.size:
-            now = self._clock()
-            for node in self._nodes_of(keys):
-                if any(self._refuses(node.account, group, now) for group in self._scheduler.groups()):
-                    self._refused_until[node.coordination_key] = now + REFUSED_S
-        for key in keys:  # perhaps Redis has lost what was announced
-            self._announced.pop(key, None)
-        self.announce()
+        nodes, now = self._nodes_of(keys), self._clock()
+        for node in nodes:
+            if any(self._refuses(node.account, group, now) for group in self._scheduler.groups()):
+                self._refused_until[node.coordination_key] = now + REFUSED_S
+        self._announce_for(nodes, [key for key in keys if key in self._announced])
 
     def _refuses(self, account: NodeAccount, group: Group, now: float) -> bool:
         """Whether requests of this group wait although the node has a free slot for them: they want a better node."""
@@ -155,33 +155,43 @@ class SharedPlaces:
         in a large fleet a moment later."""
         if self._soon is None and (self._announced or (self._queue.size and self._coordination.shared_keys())):
             loop = asyncio.get_running_loop()
-            is_large = len(self._fleet) > LARGE_FLEET
-            self._soon = loop.call_later(LARGE_FLEET_S, self.announce) if is_large else loop.call_soon(self.announce)
+            if len(self._fleet) > LARGE_FLEET:
+                self._soon = loop.call_later(LARGE_FLEET_S_PER_NODE * len(self._fleet), self.announce)
+            else:
+                self._soon = loop.call_soon(self.announce)
 
     def announce(self) -> None:
-        """Announces the best waiting requests for each shared key."""
+        """Announces the best waiting requests for all shared keys."""
         self.close()
+        self._announce_for(self._fleet, self._announced.copy())
+
+    def _announce_for(self, nodes: Iterable[Node], keys: Iterable[str]) -> None:
+        """Announces the best waiting requests for the keys of these nodes, as far as they are shared. ``keys`` of which
+        no node is left are told that nothing waits."""
         now, shared = self._clock(), frozenset(self._coordination.shared_keys())
-        heads: dict[str, list[tuple[NodeAccount, QueueEntry[Waiting]]]] = {}
+        heads: dict[str, list[_Head]] = {key: [] for key in keys}
+        best: dict[tuple[int, ...], list[QueueEntry[Waiting]]] = {}  # by the groups: most nodes can serve the same ones
         if self._queue.size and shared:
-            for node in self._fleet:
+            for node in nodes:
                 key = node.coordination_key
                 if key in shared and self._counts_for_group(node) and not self._is_refused(key, now):
-                    heads.setdefault(key, []).extend(self._find_heads(node.account, now))
-        for key in (*heads, *(key for key in self._announced if key not in heads)):
-            self._announce(key, _best_of_each_class(heads.get(key, ())), now)
-        if self._refused_until:
+                    groups = self._find_groups(node.account, now)
+                    names = tuple(map(id, groups))
+                    if names not in best:
+                        best[names] = self._queue.best_of_each_class(groups)
+                    heads.setdefault(key, []).extend((node.account, entry) for entry in best[names])
+        for key, found in heads.items():
+            self._announce(key, _best_of_each_class(found), now)
+        if self._refused_until and self._later is None:
             delay_s = max(min(self._refused_until.values()) - now, 0.001)
             self._later = asyncio.get_running_loop().call_later(delay_s, self.announce)
 
-    def _announce(self, key: str, heads: Collection[tuple[NodeAccount, QueueEntry[Waiting]]], now: float) -> None:
+    def _announce(self, key: str, heads: Collection[_Head], now: float) -> None:
         """Announces these requests for this key, unless they are announced already."""
-        requests, signature = [], []
+        signature = []
         for account, entry in heads:
             model = entry.payload.demand.model
             limit = find_place_limit(account, None if model is None else full_name(model), now)
-            waited_s = max(now - entry.queued_at, 0.0)
-            requests.append(PlaceRequest(limit, entry.priority, entry.client, waited_s, entry.tokens))
             signature.append((entry.sequence, limit))
         if signature == self._announced.get(key, []):
             return
@@ -189,6 +199,10 @@ class SharedPlaces:
             self._announced[key] = signature
         else:
             del self._announced[key]
+        requests = [
+            PlaceRequest(limit, entry.priority, entry.client, max(now - entry.queued_at, 0.0), entry.tokens)
+            for (_, entry), (_, limit) in zip(heads, signature, strict=True)
+        ]
         self._coordination.announce(key, requests)
 
     def _counts_for_group(self, node: Node) -> bool:
@@ -197,17 +211,16 @@ class SharedPlaces:
         first = self._fleet.get(node.account.group.accounts[0].name)
         return first is None or first.coordination_key == node.coordination_key
 
-    def _find_heads(self, account: NodeAccount, now: float) -> list[tuple[NodeAccount, QueueEntry[Waiting]]]:
-        """The best waiting request of each class that this node could serve. Requests that find a free slot there, but
-        wait for a better node, are left out."""
+    def _find_groups(self, account: NodeAccount, now: float) -> list[Group]:
+        """The groups of waiting requests that this node could serve. Those that find a free slot there, but wait for a
+        better node, are left out."""
         if not account.is_usable(now):
             return []
-        groups = [
+        return [
             group
             for group in self._scheduler.groups()
             if could_serve(account, group, now) and not self._refuses(account, group, now)
         ]
-        return [(account, entry) for entry in self._queue.best_of_each_class(groups)]
 
     def _is_refused(self, key: str, now: float) -> bool:
         """Whether a place of this key was granted a moment ago and no waiting request has used it."""
@@ -228,10 +241,10 @@ class SharedPlaces:
 
 
 def _best_of_each_class(
-    heads: Iterable[tuple[NodeAccount, QueueEntry[Waiting]]],
-) -> list[tuple[NodeAccount, QueueEntry[Waiting]]]:
+    heads: Iterable[_Head],
+) -> list[_Head]:
     """Of the heads of nodes that share their GPUs, the oldest of each class."""
-    best: dict[Priority, tuple[NodeAccount, QueueEntry[Waiting]]] = {}
+    best: dict[Priority, _Head] = {}
     for account, entry in heads:
         known = best.get(entry.priority)
         if known is None or entry.queued_at < known[1].queued_at:

@@ -99,6 +99,7 @@ async def test_a_place_that_others_have_taken_is_denied_and_the_request_waits_wi
         (await waits).release(Outcome.SERVED)
         assert not later.done()
         neighbours.give(desk)
+        assert neighbours.heads() == [], "nobody waits any more, and this is told before the call returns"
         (await later).release(Outcome.SERVED)
         assert neighbours.own == 0
 
