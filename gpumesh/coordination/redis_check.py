@@ -20,6 +20,7 @@ from gpumesh.coordination.redis_urls import read_address
 from gpumesh.coordination.several_gateways import ALL_CHANNEL, VERSION
 from gpumesh.coordination.step_messages import StepRequest, encode_request
 from gpumesh.coordination.timing import DEFAULT_TIMING, SLOW_S
+from gpumesh.errors import GPUMeshError
 from gpumesh.event_loop.stall_timeout import stall_timeout
 from gpumesh.text.printable import printable
 from gpumesh.text.versions import version_key
@@ -43,8 +44,18 @@ class RedisReport:
 
 
 async def check_redis(spec: RedisSpec, mesh: str) -> RedisReport:
-    """Connects as a gateway of ``mesh`` does, and looks at what it needs. Raises redis-py's errors, OSError,
-    TimeoutError and GPUMeshError if it cannot connect."""
+    """Connects as a gateway of ``mesh`` does, and looks at what it needs. Raises GPUMeshError with the reason if it
+    cannot connect."""
+    try:
+        return await _check(spec, mesh)
+    except TimeoutError as error:
+        raise GPUMeshError("no answer in time") from error
+    # A server that is no Redis makes redis-py raise more than it documents.
+    except (RedisError, OSError, ValueError, TypeError, IndexError, RecursionError) as error:
+        raise GPUMeshError(printable(str(error)) or type(error).__name__) from error
+
+
+async def _check(spec: RedisSpec, mesh: str) -> RedisReport:
     sentinel_password, password = (
         None if variable is None else config.read_secret(variable)
         for variable in (spec.sentinel_password_env, spec.password_env)

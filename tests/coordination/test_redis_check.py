@@ -7,9 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from redis.exceptions import RedisError
 
 from gpumesh.coordination.redis_check import _find_problems, check_redis
+from gpumesh.errors import GPUMeshError
 from gpumesh.topology import RedisSpec
 from tests.coordination.redis_server import free_port, gateway, redis_server
 from tests.prerequisites import needs
@@ -44,7 +44,7 @@ async def test_what_is_not_allowed_or_not_kept_is_said(tmp_path: Path, monkeypat
         report = await check_redis(spec, "home")
         assert report.problems[0].startswith("it refuses what sharing needs: ")
         assert report.server == "Redis of an unknown version"
-        with pytest.raises(RedisError):
+        with pytest.raises(GPUMeshError):
             await check_redis(RedisSpec(spec.url, None), "home")
         client.replicaof("127.0.0.1", "1")
         report = await check_redis(RedisSpec(server.url), "home")
@@ -83,7 +83,7 @@ async def test_sentinels_may_have_a_password_of_their_own(tmp_path: Path, monkey
             await wait_until(lambda: _listens(ports[1]), "the sentinel listens")
             report = await check_redis(RedisSpec(url, sentinel_password_env="SENTINEL_WORD"), "home")
             assert report.problems == ()
-            with pytest.raises(RedisError, match=r"(?i)auth"):
+            with pytest.raises(GPUMeshError, match=r"(?i)auth"):
                 await check_redis(RedisSpec(url), "home")
         finally:
             process.kill()
