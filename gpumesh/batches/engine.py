@@ -91,6 +91,7 @@ class BatchWorker:
         self._results: list[Result] = []  # to be recorded
         self._releases: list[Release] = []  # to be released
         self._paused: dict[str, float] = {}  # batches of which nothing is claimed, by their ids, and until when
+        self._reported: set[str] = set()  # batches of which the log says that they wait
         self._has_room = asyncio.Event()
         self._has_news = asyncio.Event()  # something may be there to be claimed
         self._has_output = asyncio.Event()
@@ -142,7 +143,8 @@ class BatchWorker:
 
     def _pause(self, batch_id: str, seconds: float, reason: str) -> None:
         """Claims nothing of a batch for so long."""
-        if batch_id not in self._paused:
+        if batch_id not in self._reported:  # once, until it has a result again
+            self._reported.add(batch_id)
             log.info("the batch %s waits for %.0f s: %s", batch_id, seconds, reason, extra={"event": "batch"})
         self._paused[batch_id] = self._clock() + seconds
 
@@ -243,6 +245,7 @@ class BatchWorker:
         if results:
             await self._store.record(self.name, results)
             del self._results[: len(results)]
+            self._reported -= {result.claim.batch_id for result in results}
             self._forget([result.claim for result in results])
         if releases:
             await self._store.release(self.name, releases)

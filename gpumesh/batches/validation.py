@@ -43,7 +43,12 @@ async def validate_batch(store: BatchStore, batch_id: str) -> Batch:
             return await _wait_for_other_reader(store, batch_id)
     if not await _add(store, reader):
         return await _wait_for_other_reader(store, batch_id)
-    return await store.finish_validation(batch_id, through_line=reader.added_line)
+    last_line = reader.added_line
+    batch = await store.get_batch(batch_id)
+    if not batch.counts.total and not batch.error_count:
+        error = LineError(0, "empty_file", "the file has no line that is not blank")
+        await store.add_requests(batch_id, [], [error], after_line=last_line, through_line=last_line)
+    return await store.finish_validation(batch_id, through_line=last_line)
 
 
 async def _add(store: BatchStore, reader: _Reader) -> bool:

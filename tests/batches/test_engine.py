@@ -188,7 +188,7 @@ async def test_cancel_ends_what_is_under_way_and_retry_goes_on(tmp_path: Path) -
     async with open_store(tmp_path) as store, working(make_worker(store, sender)):
         sender.gate.clear()
         batch = await submit(store, prompts(20))
-        await wait_for(store, batch, lambda batch: batch.counts.claimed >= 4)
+        await wait_for(store, batch, lambda batch: batch.counts.claimed >= 4 and len(sender.sent) >= 4)
         assert (await store.cancel(batch.id)).status is BatchStatus.CANCELLING
         batch = await wait_for_end(store, batch)
         assert (batch.status, batch.counts.completed) == (BatchStatus.CANCELLED, 0)
@@ -278,6 +278,10 @@ async def test_a_bug_in_a_sender_fails_one_request_only(tmp_path: Path) -> None:
 
 async def test_a_file_without_a_good_line_fails(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store, working(make_worker(store, ScriptedSender())):
+        for blank in ("", "\n \n"):
+            batch = await wait_for_end(store, await submit(store, blank, CHAT))
+            assert batch.status is BatchStatus.FAILED
+            assert [(error.line, error.code) for error in batch.errors] == [(0, "empty_file")]
         batch = await wait_for_end(store, await submit(store, "\n{}\n", CHAT))
         assert (batch.status, batch.error_count) == (BatchStatus.FAILED, 1)
 
