@@ -220,11 +220,11 @@ class SeveralGateways:
         else:
             raise RedisError("it does not keep what is stored")
         changed = self._places.apply(reply.keys, reply.mail)
-        if not self._places.has_grants():
-            await asyncio.sleep(0)  # the requests that got a place go on first; the mesh looks at the nodes afterwards
         if self.problem is not None:
             self.problem = None
             self._on_change(())
+        if not self._places.has_grants():
+            await asyncio.sleep(0)  # the requests that got a place go on first; the mesh looks at the nodes afterwards
         self._look_again(changed)
         self.exchange.apply(reply)
 

@@ -138,15 +138,16 @@ async def test_redis_that_evicts_what_it_stored(redis: RedisServer) -> None:
 
 async def test_a_slow_redis_costs_time_and_a_very_slow_one_is_away(redis: RedisServer, tmp_path: Path) -> None:
     delay_s = 0.05
+    patient = replace(SHORT, answer_s=0.8)
     async with (
         slow_redis(redis, tmp_path / "slow.sock", lambda: delay_s) as url,
         gateway(redis.url) as one,
-        gateway(url) as two,
+        gateway(url, timing=patient) as two,
     ):
         assert await one.take()
         assert not await two.take()
         assert two.problem == ""
-        delay_s = SHORT.answer_s + 0.1
+        delay_s = patient.answer_s + 0.1
         assert await two.take(), "it goes on alone"
         assert "in time" in two.problem
         delay_s = 0.0
