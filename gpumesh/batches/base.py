@@ -43,6 +43,10 @@ class BatchStore(Protocol):
     def description(self) -> str:
         """Where the batches are, for people: ``/home/…/batches/0123.sqlite`` or ``Redis at host:6379``."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether gateways with other nodes may work on the same batches."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(

@@ -210,7 +210,8 @@ class BatchWorker:
             self._pause(claim.batch_id, LEFT_S, f"it is left to other gateways, as {error}")
             return Release(claim)
         except GPUMeshError as error:
-            return self._conclude(claim, judge_error(error, claim.tries), error)
+            again = judge_error(error, claim.tries, is_shared=self._store.is_shared)
+            return self._conclude(claim, again, error)
         again = judge_reply(reply, claim.tries)
         return make_result(claim, reply) if again is None else self._put_back(claim, again, f"status {reply.status}")
 

@@ -37,8 +37,9 @@ class TryAgain:
     counts: bool
 
 
-def judge_error(error: GPUMeshError, tries: int) -> TryAgain | None:
-    """What follows from an error without an answer. ``None``: it is the result. ``tries``: those before that count."""
+def judge_error(error: GPUMeshError, tries: int, *, is_shared: bool = False) -> TryAgain | None:
+    """What follows from an error without an answer. ``None``: it is the result. ``tries``: those before that count.
+    ``is_shared``: the next try may be another gateway's, which may have other nodes."""
     status = getattr(error, "status", None)
     retry_after_s = getattr(error, "retry_after_s", None)
     again = TryAgain(min(FIRST_DELAY_S * 4.0**tries, LONGEST_DELAY_S), counts=True) if tries + 1 < MAX_TRIES else None
@@ -49,16 +50,14 @@ def judge_error(error: GPUMeshError, tries: int) -> TryAgain | None:
             return None if again is None else TryAgain(0.0, counts=True)
         case ServersFailed():
             return again if tries == 0 else None  # two servers have failed at it, and two more may do so
-        case ModelMissing():  # also no node that is away may have the model
-            return None
+        case ModelMissing() | UsageError():  # no node has the model, not even one that is away; a node is not known
+            return again if is_shared else None
         case NoNodeError() if error.was_tried:
             return again
         case NoNodeError():
             return TryAgain(min(retry_after_s or AWAY_DELAY_S, LONGEST_DELAY_S), counts=False)
         case MeshNotRunning():
             return TryAgain(1.0, counts=False)
-        case UsageError():
-            return None
     if status == 429:  # of the gateway's own rules, or of a server
         return TryAgain(_bound_wait(retry_after_s), counts=False)
     if isinstance(status, int) and 400 <= status < 500 and status != 408:

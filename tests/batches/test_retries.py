@@ -51,6 +51,12 @@ def test_errors(error: GPUMeshError, tries: int, expected: TryAgain | None) -> N
     assert judge_error(error, tries) == expected
 
 
+def test_another_gateway_may_have_the_model_or_the_node() -> None:
+    for error in (ModelMissing("m"), UsageError("no such node")):
+        assert judge_error(error, 0, is_shared=True) == TryAgain(5.0, counts=True)
+        assert judge_error(error, LAST, is_shared=True) is None
+
+
 @pytest.mark.parametrize(
     ("reply", "tries", "expected"),
     [

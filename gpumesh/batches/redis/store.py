@@ -62,6 +62,10 @@ class RedisBatchStore(RedisFiles):
         return f"<RedisBatchStore {self.description}>"
 
     @property
+    def is_shared(self) -> bool:
+        return True
+
+    @property
     def description(self) -> str:
         return self._script.description
 

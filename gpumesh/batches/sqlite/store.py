@@ -54,6 +54,10 @@ class SqliteBatchStore:
         return f"<SqliteBatchStore {self._database!r}>"
 
     @property
+    def is_shared(self) -> bool:
+        return False
+
+    @property
     def description(self) -> str:
         return str(self._database.path)
 

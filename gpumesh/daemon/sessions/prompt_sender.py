@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from gpumesh.batches.measured_answer import milliseconds_between, read_measured_answer
 from gpumesh.batches.retries import judge_error
 from gpumesh.daemon.sessions.session import PromptRequest, Session
 from gpumesh.errors import GPUMeshError, QueueFull, StreamCut, UsageError
@@ -50,30 +51,19 @@ async def send_prompt(
     result. ``on_text`` gets each piece of the answer as it comes.
     """
     began = time.perf_counter()
-    first_token_at: float | None = None
-    pieces: list[str] = []
-    counters = None
     async with session.chat(prompt) as stream:
-        async for chunk in stream:
-            has_token = bool(chunk.text or chunk.thinking)  # the final chunk, for example, has none
-            if has_token and first_token_at is None:
-                first_token_at = time.perf_counter()
-            if chunk.text:
-                pieces.append(chunk.text)
-                if on_text is not None:
-                    on_text(chunk.text)
-            counters = chunk.counters or counters  # the last chunk with counters has the final ones
+        answer = await read_measured_answer(stream, began=began, clock=time.perf_counter, on_text=on_text)
         node, attempts = stream.node, stream.attempts
     return PromptResult(
         index=index,
         prompt=text,
-        response="".join(pieces),
+        response=answer.text,
         node=node,
         attempts=attempts,
-        ttft_ms=None if first_token_at is None else round((first_token_at - began) * 1000, 1),
-        total_ms=_milliseconds_since(began),
-        tokens=counters.tokens if counters is not None else None,
-        tokens_per_s=_round_rate(counters.tokens_per_s) if counters is not None else None,
+        ttft_ms=answer.ttft_ms,
+        total_ms=answer.total_ms,
+        tokens=answer.tokens,
+        tokens_per_s=answer.tokens_per_s,
     )
 
 
@@ -131,8 +121,4 @@ def _failed_result(index: int, text: str, began: float, attempts: int, error: GP
 
 
 def _milliseconds_since(began: float) -> float:
-    return round((time.perf_counter() - began) * 1000, 1)
-
-
-def _round_rate(rate: float | None) -> float | None:
-    return None if rate is None else round(rate, 2)
+    return milliseconds_between(began, time.perf_counter())

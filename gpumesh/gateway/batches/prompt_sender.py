@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gpumesh.backends import safe_json
-from gpumesh.backends.base import ChatRequest, Message, ServerCounters
+from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.balancer.base import Priority
+from gpumesh.batches.measured_answer import read_measured_answer
 from gpumesh.batches.prompt_lines import PromptEntry, read_prompt_line
 from gpumesh.batches.values import BatchRequest, Reply
 from gpumesh.mesh.chat import ChatStream
@@ -61,34 +62,20 @@ class PromptSender:
 
     async def _read_reply(self, chat: ChatStream, began: float) -> Reply:
         """Reads the answer to its end. ``began``: by the clock."""
-        ttft_ms: float | None = None
-        pieces: list[str] = []
-        async for chunk in chat:
-            if ttft_ms is None and (chunk.text or chunk.thinking):
-                ttft_ms = self._milliseconds_since(began)
-            pieces.append(chunk.text)
-        counters = chat.counters
+        answer = await read_measured_answer(chat, began=began, clock=self._clock)
         document: dict[str, Any] = {
-            "response": "".join(pieces),
+            "response": answer.text,
             "node": chat.node,
             "attempts": chat.attempts,
-            "ttft_ms": ttft_ms,
-            "total_ms": self._milliseconds_since(began),
-            "tokens": None if counters is None else counters.tokens,
-            "tokens_per_s": _round_rate(counters),
+            "ttft_ms": answer.ttft_ms,
+            "total_ms": answer.total_ms,
+            "tokens": answer.tokens,
+            "tokens_per_s": answer.tokens_per_s,
             "error": None,
         }
         return Reply(200, safe_json.dump_compact(document), chat.node, chat.attempts)
-
-    def _milliseconds_since(self, began: float) -> float:
-        return round((self._clock() - began) * 1000.0, 1)
 
 
 def _make_messages(entry: PromptEntry) -> tuple[Message, ...]:
     messages = entry.messages or (Message("user", entry.text),)
     return messages if entry.system is None else (Message("system", entry.system), *messages)
-
-
-def _round_rate(counters: ServerCounters | None) -> float | None:
-    rate = None if counters is None else counters.tokens_per_s
-    return None if rate is None else round(rate, 2)
