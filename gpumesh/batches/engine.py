@@ -87,6 +87,7 @@ class BatchWorker:
         self._clock = clock
         self._on_problem = on_problem
         self._problem: BatchStoreError | None = None
+        self._failing_count = 0  # calls of ``_use_store`` that try again
         self._under_way: dict[tuple[str, int], _Work] = {}  # until the store has the result or the release
         self._results: list[Result] = []  # to be recorded
         self._releases: list[Release] = []  # to be released
@@ -293,22 +294,41 @@ class BatchWorker:
     async def _use_store(self, work: Callable[[], Awaitable[T]]) -> T:
         """Does ``work``, again and again while the store cannot be used, and reports that once."""
         pause_s = self._times.pause_s
-        while True:
-            try:
-                result = await work()
-            except BatchStoreError as error:
-                if self._problem is None:
-                    log.warning("batches wait: %s", error, extra={"event": "batch"})
-                    self._problem = error
-                    self._on_problem(error)
-            else:
-                if self._problem is not None:
-                    log.info("batches go on", extra={"event": "batch"})
-                    self._problem = None
-                    self._on_problem(None)
-                return result
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2.0, self._times.longest_pause_s)
+        is_failing = False
+        try:
+            while True:
+                try:
+                    result = await work()
+                except BatchStoreError as error:
+                    if not is_failing:
+                        is_failing = True
+                        self._failing_count += 1
+                    self._note_problem(error)
+                else:
+                    break
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2.0, self._times.longest_pause_s)
+        finally:
+            if is_failing:
+                self._failing_count -= 1
+        if not self._failing_count:
+            self._note_success()
+        return result
+
+    def _note_problem(self, error: BatchStoreError) -> None:
+        """Reports that the store cannot be used, unless that is reported already."""
+        if self._problem is None:
+            log.warning("batches wait: %s", error, extra={"event": "batch"})
+            self._problem = error
+            self._on_problem(error)
+
+    def _note_success(self) -> None:
+        """Reports that the store can be used again. Called when no work is left that the store has refused: a store
+        whose disk is full can still be read."""
+        if self._problem is not None:
+            log.info("batches go on", extra={"event": "batch"})
+            self._problem = None
+            self._on_problem(None)
 
     async def _give_back(self) -> None:
         """Writes the results that are there, and releases all other claims. Raises BatchStoreError."""

@@ -243,6 +243,19 @@ async def test_a_worker_stops_although_news_come_at_the_same_moment(tmp_path: Pa
         assert task.done()
 
 
+async def wait_for_settles(store: SqliteBatchStore, count: int) -> None:
+    """Returns when ``settle`` has worked so often."""
+    settle, has_settled = store.settle, asyncio.Semaphore(0)
+
+    async def settle_and_count() -> None:
+        await settle()
+        has_settled.release()
+
+    store.settle = settle_and_count  # type: ignore[method-assign]
+    for _ in range(count):
+        await has_settled.acquire()
+
+
 async def test_a_store_that_is_full_is_waited_for(tmp_path: Path) -> None:
     problems: list[BatchStoreError | None] = []
     sender = ScriptedSender(lambda _: Reply(200, b'{"response": "' + b"x" * 50_000 + b'"}'))
@@ -258,6 +271,7 @@ async def test_a_store_that_is_full_is_waited_for(tmp_path: Path) -> None:
             async with asyncio.timeout(20.0):
                 while not problems:
                     await asyncio.sleep(0.002)
+                await wait_for_settles(store, 3)  # these work: they have nothing to write
             assert (await store.get_batch(batch.id)).counts.completed == 0
             await set_page_limit(store, 1_000_000)
             assert (await wait_for_end(store, batch)).counts.completed == 20
