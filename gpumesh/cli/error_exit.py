@@ -17,6 +17,7 @@ from gpumesh.errors import ConfigError, ExitCode, GPUMeshError
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
+    errno.EFBIG: "`ulimit -f unlimited` allows longer files",
     errno.EROFS: "",
     errno.EIO: "",
     errno.EACCES: "",

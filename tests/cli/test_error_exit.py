@@ -70,6 +70,11 @@ root_command.run_app()
         ("raise ExceptionGroup('x', [BrokenPipeError()])", 1, ""),
         ("raise BaseExceptionGroup('x', [KeyboardInterrupt()])", 130, ""),
         ("raise OSError(28, 'No space left on device')", 1, "error: no space left on device\nhint: make room there\n"),
+        (
+            "raise OSError(27, 'File too large', 'a')",
+            1,
+            "error: a: file too large\nhint: `ulimit -f unlimited` allows longer files\n",
+        ),
         ("raise PermissionError(13, 'Permission denied', 'a/b')", 1, "error: a/b: permission denied\n"),
     ],
 )

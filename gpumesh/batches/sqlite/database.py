@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,9 +50,9 @@ class Database:
         """Raises BatchStoreError if the file cannot be used, and leaves it as it is."""
         try:
             self._connection = _create_or_open(self.path)
-            if await self.read(_check_owner):
+            if await self.read(partial(_check_owner, path=self.path)):
                 await self.read(lambda connection: connection.execute("PRAGMA journal_mode = WAL").fetchone())
-                await self.write(_create_tables)
+                await self.write(partial(_create_tables, path=self.path))
         except (sqlite3.Error, OSError) as error:
             self.close_connection()
             raise self._translate(error) from error
@@ -135,7 +136,7 @@ class Database:
             reason = f"the file is damaged, or is no SQLite file ({reason})"
             hint = f"move {self.path} away to begin with an empty store; its batches are lost unless you can repair it"
         elif code == sqlite3.SQLITE_FULL:
-            reason = "the disk is full"
+            reason, hint = "the disk is full", "make room there"
         return BatchStoreError(f"the store of batches {self.path} cannot be used: {reason}", hint=hint)
 
 
@@ -153,7 +154,7 @@ def _create_or_open(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _check_owner(connection: sqlite3.Connection) -> bool:
+def _check_owner(connection: sqlite3.Connection, *, path: Path) -> bool:
     """Returns whether the file is empty, so that the tables are to be made. Raises BatchStoreError if it is another
     program's, or of a newer version of gpumesh."""
     ((application,),) = connection.execute("PRAGMA application_id")
@@ -162,17 +163,16 @@ def _check_owner(connection: sqlite3.Connection) -> bool:
     if not tables and not application:
         return True
     if application != APPLICATION_ID:
-        raise BatchStoreError("the file with the batches was made by another program", hint="move it away")
+        raise BatchStoreError(f"{path}, the file for the batches, was made by another program", hint="move it away")
     if version > VERSION:
-        raise BatchStoreError(
-            "the file with the batches was made by a newer version of gpumesh", hint="use that version, or a newer one"
-        )
+        message = f"{path}, the file with the batches, was made by a newer version of gpumesh"
+        raise BatchStoreError(message, hint="use that version, or a newer one")
     return False
 
 
-def _create_tables(connection: sqlite3.Connection) -> None:
+def _create_tables(connection: sqlite3.Connection, *, path: Path) -> None:
     """Makes the tables, unless another process has just made them."""
-    if not _check_owner(connection):
+    if not _check_owner(connection, path=path):
         return
     for statement in TABLES.split(";"):
         connection.execute(statement)

@@ -22,7 +22,7 @@ WriteLines = Callable[[Sequence[bytes]], None]
 def open_result_output(name: str | None, *, force: bool, grows: bool) -> Iterator[WriteLines]:
     """Opens the file ``name``; ``None``: stdout. A file gets its name at the end of the block, when all results are in
     it; with ``grows`` each result is in it as soon as it is written. Raises UsageError if it cannot be written, and if
-    it has something already and ``force`` is false."""
+    it has something already and ``force`` is false; OSError with its name if a write has failed."""
     if name is None:
         yield _write_to_stdout
         return
@@ -38,6 +38,10 @@ def open_result_output(name: str | None, *, force: bool, grows: bool) -> Iterato
                 yield lambda lines: _write(file, lines)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UsageError(f"cannot write {name}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, name) from error  # the system names no file if a write has failed
 
 
 def _look_at(path: Path, *, force: bool) -> tuple[bool, int]:

@@ -55,6 +55,14 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_an_error_of_writing_names_the_file() -> None:
+    opened = open_result_output("/dev/full", force=False, grows=True)
+    with pytest.raises(OSError, match="No space left") as raised, opened as write:
+        write([b"1"])
+    assert raised.value.filename == "/dev/full"
+
+
 def test_stdout_gets_no_control_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     with open_result_output(None, force=False, grows=False) as write:
         write(['{"a": "ü\u202e\x9b31m\x1b[0m\\u001b\\n"}'.encode(), b"\xff"])
