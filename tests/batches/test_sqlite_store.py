@@ -61,6 +61,19 @@ async def test_a_newer_version_is_refused(tmp_path: Path) -> None:
         await SqliteBatchStore(path).__aenter__()
 
 
+async def test_a_file_that_was_moved_away_is_not_written_to(tmp_path: Path) -> None:
+    """What is written to it would be lost, and no command would see it."""
+    path = tmp_path / "a.sqlite"
+    async with SqliteBatchStore(path) as store:
+        path.rename(tmp_path / "old.sqlite")
+        with pytest.raises(BatchStoreError, match=r"a\.sqlite was moved away"):
+            await store.settle()
+        async with SqliteBatchStore(path) as other:
+            await other.settle()
+            with pytest.raises(BatchStoreError, match="replaced"):
+                await store.settle()
+
+
 async def test_a_damaged_file_is_refused_and_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.sqlite"
     path.write_bytes(b"no database at all" * 1000)

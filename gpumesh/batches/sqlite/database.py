@@ -40,6 +40,7 @@ class Database:
         self.path = path
         self._connection: sqlite3.Connection | None = None
         self._wal_path = path.with_name(path.name + "-wal")
+        self._status: os.stat_result | None = None  # of the open file
         self._is_folding = False  # a thread runs a checkpoint
         self._commits = 0
 
@@ -50,6 +51,7 @@ class Database:
         """Raises BatchStoreError if the file cannot be used, and leaves it as it is."""
         try:
             self._connection = _create_or_open(self.path)
+            self._status = os.stat(self.path)
             if await self.read(partial(_check_owner, path=self.path)):
                 await self.read(lambda connection: connection.execute("PRAGMA journal_mode = WAL").fetchone())
                 await self.write(partial(_create_tables, path=self.path))
@@ -68,6 +70,7 @@ class Database:
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Runs ``work`` in one transaction, and returns its result. ``work`` may be called again if another process
         was in the way; it awaits nothing. Raises BatchStoreError; an error of ``work`` undoes the transaction."""
+        self._require_same_file()
         result = await self._run_when_free(lambda connection: _run_transaction(connection, work))
         self._commits += 1
         if self._commits % COMMITS_PER_LOOK == 0:
@@ -100,6 +103,16 @@ class Database:
                     raise self._translate(error) from error
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, LONGEST_BUSY_PAUSE_S)
+
+    def _require_same_file(self) -> None:
+        """Raises BatchStoreError if the file that is open is not at its path any more: commands have another one."""
+        try:
+            is_same = self._status is not None and os.path.samestat(self._status, os.stat(self.path))
+        except OSError:
+            is_same = False
+        if self._connection is not None and not is_same:
+            message = f"the store of batches {self.path} was moved away or replaced while it was open"
+            raise BatchStoreError(message, hint="`gpumesh down && gpumesh up -d` opens it anew")
 
     def data_version(self) -> int:
         """A number that changes when another process has changed the file. Raises BatchStoreError."""
@@ -134,7 +147,10 @@ class Database:
         hint = None
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             reason = f"the file is damaged, or is no SQLite file ({reason})"
-            hint = f"move {self.path} away to begin with an empty store; its batches are lost unless you can repair it"
+            hint = (
+                f"stop the mesh (`gpumesh down`) and move {self.path} away, with its -wal file, to begin with an empty"
+                " store; its batches are lost unless you can repair it"
+            )
         elif code == sqlite3.SQLITE_FULL:
             reason, hint = "the disk is full", "make room there"
         return BatchStoreError(f"the store of batches {self.path} cannot be used: {reason}", hint=hint)
