@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 SLOTS_OF_ANY_NUMBER = 32  # of a node whose server says nothing about its slots, such as vLLM: it takes what comes
 FINDING_CODE = "batch-store"
+WAITS_HINT = "batches go on when it can be used again; `gpumesh explain batch-store` says more"
+RESTART_COMMAND = "`gpumesh down && gpumesh up -d`"  # a store that could not be opened is not tried again
 
 
 async def open_batches(stack: AsyncExitStack, mesh: Mesh, paths: MeshPaths) -> BatchStore | None:
@@ -27,7 +29,8 @@ async def open_batches(stack: AsyncExitStack, mesh: Mesh, paths: MeshPaths) -> B
         return await stack.enter_async_context(create_batch_store(mesh.topology, paths.batches))
     except BatchStoreError as error:
         log.warning("no batches: %s", error, extra={"event": "batch"})
-        report_problem(mesh, error)
+        hint = f"{error.hint}; then {RESTART_COMMAND}" if error.hint else f"{RESTART_COMMAND} tries it again"
+        _show_problem(mesh, error, hint)
         return None
 
 
@@ -38,11 +41,14 @@ def make_worker(store: BatchStore, sender: Sender, mesh: Mesh) -> BatchWorker:
 
 def report_problem(mesh: Mesh, error: BatchStoreError | None) -> None:
     """Shows the error as a finding of the mesh; ``None``: there is no error any more."""
-    findings: tuple[Finding, ...] = ()
-    if error is not None:
-        hint = error.hint or "batches go on when it can be used again; `gpumesh explain batch-store` says more"
-        findings = (Finding(FINDING_CODE, Severity.ERROR, None, error.message, hint),)
-    mesh.set_own_findings(findings, subject="batches")
+    if error is None:
+        mesh.set_own_findings((), subject="batches")
+    else:
+        _show_problem(mesh, error, error.hint or WAITS_HINT)
+
+
+def _show_problem(mesh: Mesh, error: BatchStoreError, hint: str) -> None:
+    mesh.set_own_findings((Finding(FINDING_CODE, Severity.ERROR, None, error.message, hint),), subject="batches")
 
 
 def count_slots(mesh: Mesh) -> int:

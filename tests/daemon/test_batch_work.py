@@ -69,3 +69,4 @@ async def test_a_mesh_whose_store_cannot_be_opened_says_so_and_works(tmp_path: P
     async with run_mesh(TOPOLOGY, paths, gateway=False, shutdown=Shutdown()) as session:
         (finding,) = [finding for finding in (await session.status()).findings if finding.code == "batch-store"]
         assert str(paths.batches) in finding.message
+        assert (finding.hint or "").endswith("then `gpumesh down && gpumesh up -d`")  # it is not tried again
