@@ -131,8 +131,11 @@ async def test_a_full_redis_changes_nothing(tmp_path: Path) -> None:
             while True:
                 yield b"x" * 200_000
 
-        with pytest.raises(BatchStoreError, match="memory"):
+        old = await start_batch(store, 1)
+        await store.cancel(old.id)
+        with pytest.raises(BatchStoreError, match=r"its memory is full \(maxmemory\)$") as raised:
             await store.create_file("too long", endless())
+        assert "`gpumesh batch rm`" in (raised.value.hint or "")
         await redis_cli(server, "CONFIG", "SET", "maxmemory", "1mb")
         before = await store.get_batch(batch.id)
         for call in (
@@ -143,6 +146,8 @@ async def test_a_full_redis_changes_nothing(tmp_path: Path) -> None:
                 await call()
         assert await store.get_batch(batch.id) == before
         assert await store.renew("w", claims, lease_s=LONG_S) == set(), "what needs no memory works on"
+        await store.delete_batch(old.id)  # a person can make room
+        await store.delete_file(old.new.input_file_id)
         await redis_cli(server, "CONFIG", "SET", "maxmemory", "8mb")
         assert await store.record("w", answers(claims)) == 1
         assert [file.name for file in await store.list_files()] == ["lines.jsonl"]

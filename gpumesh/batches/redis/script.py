@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from gpumesh.batches.redis.answers import Argument, encode
 from gpumesh.batches.redis.connections import Connections
@@ -131,16 +131,17 @@ class RedisScript:
 
     def _store_error(self, error: Exception) -> BatchStoreError:
         """The error that says why Redis cannot be used. redis-py's messages name host and port, never the password."""
+        hint = "check that `redis.url` in mesh.yaml is right, and that Redis runs and answers"
         if isinstance(error, TimeoutError):
             reason = "it does not answer in time"
+        elif isinstance(error, ResponseError) and "'maxmemory'" in str(error):
+            reason = "its memory is full (maxmemory)"
+            hint = "allow it more memory, or remove batches that have ended: `gpumesh batch rm`"
         elif isinstance(error, (RedisError, OSError, GPUMeshError)):
             reason = printable(str(error), 300) or type(error).__name__
         else:
             reason = f"it does not answer as Redis does ({type(error).__name__})"
-        return BatchStoreError(
-            f"{self.description} cannot be used for batches: {reason}",
-            hint="check that `redis.url` in mesh.yaml is right, and that Redis runs and answers",
-        )
+        return BatchStoreError(f"{self.description} cannot be used for batches: {reason}", hint=hint)
 
 
 def _first_id(entries: Any) -> str | None:
