@@ -91,7 +91,8 @@ class BatchWorker:
         self._under_way: dict[tuple[str, int], _Work] = {}  # until the store has the result or the release
         self._results: list[Result] = []  # to be recorded
         self._releases: list[Release] = []  # to be released
-        self._paused: dict[str, float] = {}  # batches of which nothing is claimed, by their ids, and until when
+        # Batches of which nothing is claimed, by their ids: since when, and until when.
+        self._paused: dict[str, tuple[float, float]] = {}
         self._reported: set[str] = set()  # batches of which the log says that they wait
         self._has_room = asyncio.Event()
         self._has_news = asyncio.Event()  # something may be there to be claimed
@@ -147,13 +148,15 @@ class BatchWorker:
         if batch_id not in self._reported:  # once, until it has a result again
             self._reported.add(batch_id)
             log.info("the batch %s waits for %.0f s: %s", batch_id, seconds, reason, extra={"event": "batch"})
-        self._paused[batch_id] = self._clock() + seconds
+        now = self._clock()
+        self._paused[batch_id] = now, now + seconds
 
     def _list_paused(self) -> list[str]:
         """The batches of which nothing is claimed now."""
-        now = self._clock()
-        self._paused = {batch_id: until for batch_id, until in self._paused.items() if until > now}
-        return list(self._paused)
+        now = self._clock()  # before a pause has begun if the clock was set back
+        paused = {batch_id: times for batch_id, times in self._paused.items() if times[0] <= now < times[1]}
+        self._paused = paused
+        return list(paused)
 
     def _limits(self) -> tuple[int, int]:
         """How many requests may be under way, and for how many of them there must be room before more are claimed: to

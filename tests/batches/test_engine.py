@@ -198,6 +198,18 @@ async def test_cancel_ends_what_is_under_way_and_retry_goes_on(tmp_path: Path) -
         assert (batch.status, batch.counts.completed) == (BatchStatus.COMPLETED, 20)
 
 
+@pytest.mark.parametrize("answer", [QueueFull("full", retry_after_s=1.0), Reply(500, b"{}")])
+async def test_a_clock_that_is_set_back_holds_nothing_up(tmp_path: Path, answer: Exception | Reply) -> None:
+    """The first try fails, and the request or its whole batch waits for some seconds."""
+    clock = FastClock()
+    sender = ScriptedSender(lambda _: answer if len(sender.sent) == 1 else OK)
+    async with open_store(tmp_path, clock) as store, working(make_worker(store, sender)):
+        batch = await submit(store, chat_line("a"), CHAT)
+        await wait_for(store, batch, lambda batch: bool(sender.sent) and not batch.counts.claimed)
+        clock.now -= 86_400.0
+        assert (await wait_for_end(store, batch)).counts.completed == 1
+
+
 async def test_after_the_window_the_rest_fails_as_expired(tmp_path: Path) -> None:
     clock = FastClock()
     sender = ScriptedSender(lambda _: QueueFull("full", retry_after_s=1.0))

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from sqlite3 import Connection
 from typing import NamedTuple
 
+from gpumesh.batches.retries import LONGEST_WAIT_S
 from gpumesh.batches.sqlite.batches import (
     DELETED_STATUS,
     ROWS_AT_A_TIME,
@@ -41,7 +42,8 @@ def free_claims(connection: Connection) -> None:
 def claim_requests(
     connection: Connection, worker: str, count: int, lease_s: float, without: Collection[str], now: float
 ) -> list[ClaimedRow]:
-    """As ``BatchStore.claim``, without the contents."""
+    """As ``BatchStore.claim``, without the contents. A ``not_before`` that is later than any delay ends was written
+    before the clock was set back: such a request waits no longer."""
     batches = connection.execute(
         "SELECT number, id, endpoint, owner, file, expires_at FROM batches WHERE status = ? ORDER BY created_at, id",
         (BatchStatus.IN_PROGRESS.value,),
@@ -58,8 +60,8 @@ def claim_requests(
         )
         rows = connection.execute(
             "SELECT line, start, size, prompt_group, tries, lost FROM requests WHERE batch = ? AND has_result = 0"
-            " AND worker IS NULL AND (not_before <= ? OR ? > ?) ORDER BY sort, line LIMIT ?",
-            (number, now, now, expires_at, count - len(claimed)),
+            " AND worker IS NULL AND (not_before <= ? OR not_before > ? OR ? > ?) ORDER BY sort, line LIMIT ?",
+            (number, now, now + LONGEST_WAIT_S, now, expires_at, count - len(claimed)),
         ).fetchall()
         for line, start, size, group, tries, lost in rows:
             byte_count += size
