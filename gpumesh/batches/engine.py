@@ -12,23 +12,21 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from gpumesh.batches.base import BatchStore, Sender
 from gpumesh.batches.request_lines import LineProblem, read_request_line
 from gpumesh.batches.result_lines import make_error_result, make_expired_result, make_result, request_id
 from gpumesh.batches.retries import MAX_LOST, TryAgain, judge_error, judge_reply
+from gpumesh.batches.store_patience import StorePatience
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import BatchRequest, BatchStatus, Claim, Release, Result
 from gpumesh.errors import BatchError, BatchOwnerUnknown, BatchStoreError, GPUMeshError
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 LEFT_S = 60.0  # so long a batch is left to other gateways; by then mesh.yaml may have its key
 MAX_UNDER_WAY = 512
@@ -85,9 +83,7 @@ class BatchWorker:
         self._count_slots = count_slots
         self._times = times or WorkTimes()
         self._clock = clock
-        self._on_problem = on_problem
-        self._problem: BatchStoreError | None = None
-        self._failing_count = 0  # calls of ``_use_store`` that try again
+        self._patience = StorePatience(on_problem, self._times.pause_s, self._times.longest_pause_s)
         self._under_way: dict[tuple[str, int], _Work] = {}  # until the store has the result or the release
         self._results: list[Result] = []  # to be recorded
         self._releases: list[Release] = []  # to be released
@@ -99,13 +95,13 @@ class BatchWorker:
         self._has_output = asyncio.Event()
 
     def __repr__(self) -> str:
-        state = "OK" if self._problem is None else "STORE AWAY"
+        state = "OK" if self._patience.problem is None else "STORE AWAY"
         return f"<BatchWorker {self.name} {state} {len(self._under_way)} under way>"
 
     async def run(self) -> None:
         """Works until it is cancelled. Then ends the requests under way, and gives them back to the store."""
         try:
-            await self._use_store(lambda: self._store.begin_work(self.name))
+            await self._patience.use_store(lambda: self._store.begin_work(self.name))
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._claim_requests(group), name="batch claims")
                 group.create_task(self._write_output(), name="batch results")
@@ -129,7 +125,7 @@ class BatchWorker:
             self._has_news.clear()
             paused = self._list_paused()
             claim = partial(self._store.claim, self.name, room, lease_s=self._times.lease_s, without=paused)
-            claims = await self._use_store(claim)
+            claims = await self._patience.use_store(claim)
             for request in claims:
                 if request.key in self._under_way:  # its lease has ended, as this process stood still or Redis was away
                     continue
@@ -242,7 +238,7 @@ class BatchWorker:
             await self._has_output.wait()
             self._has_output.clear()
             while self._results or self._releases:
-                await self._use_store(self._write_some)
+                await self._patience.use_store(self._write_some)
 
     async def _write_some(self) -> None:
         """Writes some of what is to be written. Raises BatchStoreError, and then it is still to be written."""
@@ -269,7 +265,7 @@ class BatchWorker:
             claims = [work.claim for work in self._under_way.values()]
             if not claims:
                 continue
-            for key in await self._use_store(
+            for key in await self._patience.use_store(
                 partial(self._store.renew, self.name, claims, lease_s=self._times.lease_s)
             ):
                 work = self._under_way.get(key)
@@ -283,55 +279,16 @@ class BatchWorker:
         loop = asyncio.get_running_loop()
         while True:
             validating = partial(self._store.list_batches, statuses={BatchStatus.VALIDATING})
-            for batch in reversed(await self._use_store(validating)):
+            for batch in reversed(await self._patience.use_store(validating)):
                 try:
-                    await self._use_store(partial(validate_batch, self._store, batch.id))
+                    await self._patience.use_store(partial(validate_batch, self._store, batch.id))
                 except BatchError as error:  # it was deleted meanwhile
                     log.info("the batch %s is not read: %s", batch.id, error, extra={"event": "batch"})
             self._has_news.set()
             if loop.time() >= next_settle_at:
-                await self._use_store(self._store.settle)
+                await self._patience.use_store(self._store.settle)
                 next_settle_at = loop.time() + self._times.settle_s
             await self._store.wait_for_change(self._times.settle_s)
-
-    async def _use_store(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Does ``work``, again and again while the store cannot be used, and reports that once."""
-        pause_s = self._times.pause_s
-        is_failing = False
-        try:
-            while True:
-                try:
-                    result = await work()
-                except BatchStoreError as error:
-                    if not is_failing:
-                        is_failing = True
-                        self._failing_count += 1
-                    self._note_problem(error)
-                else:
-                    break
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2.0, self._times.longest_pause_s)
-        finally:
-            if is_failing:
-                self._failing_count -= 1
-        if not self._failing_count:
-            self._note_success()
-        return result
-
-    def _note_problem(self, error: BatchStoreError) -> None:
-        """Reports that the store cannot be used, unless that is reported already."""
-        if self._problem is None:
-            log.warning("batches wait: %s", error, extra={"event": "batch"})
-            self._problem = error
-            self._on_problem(error)
-
-    def _note_success(self) -> None:
-        """Reports that the store can be used again. Called when no work is left that the store has refused: a store
-        whose disk is full can still be read."""
-        if self._problem is not None:
-            log.info("batches go on", extra={"event": "batch"})
-            self._problem = None
-            self._on_problem(None)
 
     async def _give_back(self) -> None:
         """Writes the results that are there, and releases all other claims. Raises BatchStoreError."""

@@ -273,7 +273,7 @@ async def test_a_store_that_is_full_is_waited_for(tmp_path: Path) -> None:
     sender = ScriptedSender(lambda _: Reply(200, b'{"response": "' + b"x" * 50_000 + b'"}'))
     async with open_store(tmp_path) as store:
         worker = make_worker(store, sender)
-        worker._on_problem = problems.append
+        worker._patience._on_problem = problems.append
         sender.gate.clear()
         async with working(worker):
             batch = await submit(store, prompts(20))

@@ -9,7 +9,7 @@ from gpumesh.batches.base import BatchStore
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import Batch, BatchStatus, NewBatch
 from gpumesh.cli.batch.submitted_file import SubmittedFile
-from gpumesh.errors import UsageError
+from gpumesh.errors import BatchError, BatchStoreError, UsageError
 
 CHUNK_BYTES = 1 << 18
 MAX_WRONG_LINES = 20  # so many are listed; the others are counted
@@ -20,7 +20,7 @@ async def submit_file(store: BatchStore, submitted: SubmittedFile, *, name: str,
     with it by then. When this is cancelled, the batch is cancelled too.
 
     Raises UsageError with the wrong lines if no line is right, and as ``SubmittedFile.read`` does: then nothing is
-    stored. Raises BatchError if the store cannot be used."""
+    stored. Raises BatchError if the store cannot be used, and then the batch is cancelled, if that is possible."""
     file = await store.create_file(name, _read_chunks(submitted))
     try:
         new = NewBatch(submitted.endpoint, file.id, name=name, window_s=window_s)
@@ -32,6 +32,15 @@ async def submit_file(store: BatchStore, submitted: SubmittedFile, *, name: str,
         batch = await validate_batch(store, batch.id)
     except asyncio.CancelledError:  # Ctrl-C: otherwise a mesh would go on with what a person has just stopped
         await store.cancel(batch.id)
+        raise
+    except BatchStoreError as error:  # otherwise a mesh would go on with what a person submits once more
+        try:
+            await store.cancel(batch.id)
+        except BatchStoreError:
+            hint = f"a part of the file is stored: `gpumesh batch cancel {batch.id}` before you submit it once more"
+            raise BatchStoreError(error.message, hint=hint) from error
+        except BatchError:  # a mesh has read the file meanwhile, and the batch has ended
+            pass
         raise
     if batch.status is BatchStatus.FAILED:
         await store.delete_batch(batch.id)
