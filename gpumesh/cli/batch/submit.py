@@ -10,6 +10,7 @@ from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import Batch, BatchStatus, NewBatch
 from gpumesh.cli.batch.submitted_file import SubmittedFile
 from gpumesh.errors import BatchError, BatchStoreError, UsageError
+from gpumesh.text.quoting import paste_command
 
 CHUNK_BYTES = 1 << 18
 MAX_WRONG_LINES = 20  # so many are listed; the others are counted
@@ -37,7 +38,8 @@ async def submit_file(store: BatchStore, submitted: SubmittedFile, *, name: str,
         try:
             await store.cancel(batch.id)
         except BatchStoreError:
-            hint = f"a part of the file is stored: `gpumesh batch cancel {batch.id}` before you submit it once more"
+            command = paste_command("gpumesh batch cancel {ID}", ID=batch.id)
+            hint = f"a part of the file is stored: {command} before you submit it once more"
             raise BatchStoreError(error.message, hint=hint) from error
         except BatchError:  # a mesh has read the file meanwhile, and the batch has ended
             pass
