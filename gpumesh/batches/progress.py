@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpumesh.batches.base import BatchStore
+from gpumesh.batches.reasons import BatchWait, SeenErrors
 from gpumesh.batches.values import Batch, BatchStatus
 
 # The rate is that of the shorter time, unless so few results came in it that it could be chance.
@@ -15,10 +16,13 @@ MIN_RESULTS = 20
 @dataclass(frozen=True, slots=True)
 class BatchProgress:
     """A batch, and how fast it comes on. ``rate_per_s``: results per second of the last minutes; ``None`` if the batch
-    is not worked on by its status."""
+    is not worked on by its status. ``wait``: the older batch behind which it waits. ``errors``: what its failed
+    requests have failed with. Both are ``None`` also where nobody has looked."""
 
     batch: Batch
     rate_per_s: float | None = None
+    wait: BatchWait | None = None
+    errors: SeenErrors | None = None
 
     @property
     def left_s(self) -> float | None:

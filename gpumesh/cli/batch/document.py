@@ -39,6 +39,8 @@ def _make_entry(progress: BatchProgress) -> dict[str, Any]:
         "result_bytes": counts.output_bytes + counts.error_bytes,
         "wrong_lines": batch.error_count,
         "errors": to_json(batch.errors),
+        "errors_seen": None if progress.errors is None else to_json(progress.errors.errors),
+        "waits_behind": None if progress.wait is None else progress.wait.running_id,
         "input_file_id": batch.new.input_file_id,
         "key": batch.new.owner or None,
         "metadata": dict(batch.new.metadata),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import time
 from typing import TypeVar
 
 from gpumesh.batches.base import BatchStore
 from gpumesh.batches.progress import BatchProgress, measure_progress
+from gpumesh.batches.reasons import find_errors, find_wait
 from gpumesh.batches.values import Batch
 from gpumesh.cli.batch.result_output import WriteLines
 from gpumesh.errors import BatchStoreError
@@ -48,12 +49,23 @@ class PatientReader:
         await asyncio.sleep(self._interval_s)
 
 
+async def measure_with_wait(store: BatchStore, batch: Batch) -> BatchProgress:
+    """How far the batch is now, and which batch it waits for. Raises BatchError."""
+    progress = await measure_progress(store, batch, time())
+    return replace(progress, wait=await find_wait(store, batch))
+
+
+async def add_errors(store: BatchStore, progress: BatchProgress) -> BatchProgress:
+    """The same progress, with what the failed requests have failed with. Raises BatchError."""
+    return replace(progress, errors=await find_errors(store, progress.batch))
+
+
 async def follow_progress(store: BatchStore, batch_id: str, reader: PatientReader) -> AsyncIterator[BatchProgress]:
     """Yields the batch now and at each look of the ``reader``, until it has ended. Raises BatchNotFound when it is
     deleted."""
 
     async def measure() -> BatchProgress:
-        return await measure_progress(store, await store.get_batch(batch_id), time())
+        return await measure_with_wait(store, await store.get_batch(batch_id))
 
     while True:
         progress = await reader.read(measure)

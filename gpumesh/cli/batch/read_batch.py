@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import time
+from functools import partial
 
 import typer
 
-from gpumesh.batches.progress import BatchProgress, measure_progress
+from gpumesh.batches.progress import BatchProgress
 from gpumesh.batches.values import Batch
 from gpumesh.cli.batch.find_batch import find_batch
-from gpumesh.cli.batch.follow import CopiedResults, PatientReader, copy_results, follow_progress, follow_results
+from gpumesh.cli.batch.follow import (
+    CopiedResults,
+    PatientReader,
+    add_errors,
+    copy_results,
+    follow_progress,
+    follow_results,
+    measure_with_wait,
+)
 from gpumesh.cli.batch.mesh_hints import print_mesh_hint
 from gpumesh.cli.batch.open_batches import open_batches
 from gpumesh.cli.batch.result_output import open_result_output
@@ -22,18 +30,20 @@ from gpumesh.event_loop.async_iterators import closing_iterator
 
 
 async def read_progress(options: GlobalOptions, text: str | None, *, watch: bool) -> BatchProgress:
-    """The batch now; with ``watch`` at its end, until when its progress is shown. Raises BatchError."""
+    """The batch now, and why it is so; with ``watch`` at its end, until when its progress is shown. Raises
+    BatchError."""
     async with open_batches(options) as store:
         found = await find_batch(store, text)
-        progress = await measure_progress(store, found, time())
+        progress = await measure_with_wait(store, found)
         if watch and not found.status.has_ended:
             print_mesh_hint(options)
+            reader = PatientReader(_print_store_away(options))
             with show_watch(quiet=options.quiet) as display:
-                reader = PatientReader(_print_store_away(options))
                 async with closing_iterator(follow_progress(store, found.id, reader)) as states:
                     async for progress in states:
                         display(progress)
-        return progress
+            return await reader.read(partial(add_errors, store, progress))
+        return await add_errors(store, progress)
 
 
 async def write_results(

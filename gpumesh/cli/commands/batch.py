@@ -207,7 +207,7 @@ def show(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay until it has ended.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """How far a batch is: its results, rate and time left, and the wrong lines of its file.
+    """How far a batch is, what it waits for, and why requests have failed; also the wrong lines of its file.
 
     \b
     Examples:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from gpumesh.batches.base import BatchStore
+from gpumesh.batches.progress import BatchProgress
+from gpumesh.batches.reasons import MAX_READ_RESULTS, UNREADABLE, BatchWait, SeenError, find_wait, read_error
 from gpumesh.batches.sqlite.store import SqliteBatchStore
 from gpumesh.batches.validation import validate_batch
 from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchStatus, NewBatch, Result
 from gpumesh.cli.batch.changes import cancel_batch, remove_batch
-from gpumesh.cli.batch.follow import PatientReader, copy_results, follow_progress, follow_results
+from gpumesh.cli.batch.follow import PatientReader, add_errors, copy_results, follow_progress, follow_results
 from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError
 
 REQUESTS = 500
@@ -79,6 +81,55 @@ async def test_progress_ends_with_the_batch_or_when_it_is_removed(store: BatchSt
     await store.delete_batch(batch.id)
     with pytest.raises(BatchNotFound):
         await anext(follow_progress(store, batch.id, eager_reader()))
+
+
+async def test_the_errors_are_those_of_the_first_failed_results(store: BatchStore) -> None:
+    batch = await make_batch(store)
+    claims = await store.claim("worker", 300, lease_s=30.0)
+    await store.record("worker", [Result(claim, b'{"error": "early"}', failed=True) for claim in claims[:50]])
+    await store.record("worker", [Result(claim, b'{"error": null}') for claim in claims[50:100]])
+    await store.record("worker", [Result(claim, b'{"error": "late"}', failed=True) for claim in claims[100:]])
+    errors = (await add_errors(store, BatchProgress(await store.get_batch(batch.id)))).errors
+    assert errors is not None
+    assert errors.read_count == MAX_READ_RESULTS
+    assert errors.errors == (SeenError("late", MAX_READ_RESULTS - 50), SeenError("early", 50))
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (b'{"error": "no\\u001b[31m red\\nline"}', "no red line"),
+        (b'{"error": {"code": "x", "message": "late"}, "response": null}', "late"),
+        (
+            b'{"error": null, "response": {"status_code": 400, "body": {"error": {"message": "long"}}}}',
+            "status 400: long",
+        ),
+        (
+            b'{"response": {"status_code": 502, "body": "<html><title>Bad\\u0007 gateway</title>"}}',
+            'status 502: a web page, "Bad gateway"',
+        ),
+        (b'{"response": {"status_code": [], "body": 5}}', "status ?: an error without words"),
+        (b'{"response": 5}', UNREADABLE),
+        (b'{"error": ' + b"[" * 5000, UNREADABLE),
+        (b"\xff", UNREADABLE),
+    ],
+)
+def test_the_message_of_a_failed_result_is_printable(result: bytes, message: str) -> None:
+    assert read_error(result) == message
+    assert len(read_error(result.replace(b"long", b"long" * 1000))) < 400
+
+
+async def test_a_batch_waits_behind_the_older_one_that_is_worked_on(store: BatchStore) -> None:
+    first, second, third = [await make_batch(store) for _ in range(3)]
+    assert await find_wait(store, third) is None  # nothing is worked on
+    await store.claim("worker", 10, lease_s=30.0)
+    assert await find_wait(store, third) == BatchWait(first.id, 2)
+    assert await find_wait(store, second) == BatchWait(first.id, 1)
+    assert await find_wait(store, await store.get_batch(first.id)) is None
+    await store.claim("worker", REQUESTS, lease_s=30.0)  # all of the first, and some of the second
+    assert await find_wait(store, await store.get_batch(second.id)) is None
+    await cancel_batch(store, third)
+    assert await find_wait(store, await store.get_batch(third.id)) is None
 
 
 async def test_a_file_is_removed_with_the_last_batch_of_the_command_line_that_has_it(store: BatchStore) -> None:

@@ -56,6 +56,16 @@ def work(config: Path, count: int, *, failed: Collection[int] = ()) -> list[Clai
     return asyncio.run(answer())
 
 
+def claim(config: Path, count: int) -> list[Claim]:
+    """Begins ``count`` requests of the oldest batch as a mesh would."""
+
+    async def begin() -> list[Claim]:
+        async with SqliteBatchStore(paths.for_config(config).batches) as store:
+            return await store.claim("worker", count, lease_s=30.0)
+
+    return asyncio.run(begin())
+
+
 def lines_of(text: str) -> list[int]:
     return [json.loads(line)["line"] for line in text.splitlines()]
 
@@ -110,6 +120,22 @@ def test_a_batch_from_its_file_to_its_results(config: Path) -> None:
     assert invoke("batch", "rm", batch).out == f"{batch} is removed\n"
     with sqlite3.connect(paths.for_config(config).batches) as database:
         assert database.execute("SELECT count(*) FROM files WHERE state = 1").fetchone() == (0,)
+
+
+def test_show_says_why_requests_failed_and_which_batch_is_first(config: Path) -> None:
+    first = submit("one\ntwo\nthree\nfour\n", name="first.txt")
+    assert shown("show")["errors_seen"] == []
+    second = submit("one\n", name="second.txt")
+    assert shown("show", second)["waits_behind"] is None  # no mesh works on the older batch
+    assert len(claim(config, 1)) == 1
+    assert (shown("show", second)["waits_behind"], shown("show", first)["waits_behind"]) == (first, None)
+    waiting = invoke("batch", "show", second).out
+    assert f"waits      behind {first}; batches run one after the other" in waiting
+    assert "rate " not in waiting
+    work(config, 2, failed={1, 2})
+    entry = shown("show", first)
+    assert entry["errors_seen"] == [{"message": "no", "count": 2}]
+    assert "failed     2: no" in invoke("batch", "show", first).out
 
 
 def test_wrong_lines_are_told_by_their_numbers_and_the_others_are_sent(config: Path) -> None:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from gpumesh.batches.progress import BatchProgress
+from gpumesh.batches.reasons import BatchWait, SeenErrors
 from gpumesh.batches.values import PROMPT_ENDPOINT, Batch, BatchStatus
 from gpumesh.cli.views.batch.texts import (
     format_done,
@@ -21,12 +22,15 @@ from gpumesh.cli.views.batch.texts import (
     status_mark,
 )
 from gpumesh.cli.views.console import console, print_plain
-from gpumesh.cli.views.figures import format_duration
+from gpumesh.cli.views.figures import format_duration, shorten
 from gpumesh.cli.views.pool.plan_view import draw_facts
+from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.text.quoting import paste_command
 
 LONGEST_BAR = 50
 MAX_SHOWN_ERRORS = 10  # wrong lines; the rest is in the JSON
+MAX_SHOWN_MESSAGES = 2  # of failed requests; the rest is in the results
+MAX_MESSAGE_LENGTH = 160
 
 
 def print_batch(progress: BatchProgress, now: float) -> None:
@@ -73,7 +77,10 @@ def _list_facts(progress: BatchProgress, now: float) -> Iterator[tuple[str, str]
     if batch.status is BatchStatus.VALIDATING:
         yield "reads", f"its file; {batch.read_lines:,} lines so far"
     if batch.status is BatchStatus.IN_PROGRESS:
-        yield "rate", _describe_rate(progress)
+        if progress.wait is not None:
+            yield "waits", _describe_wait(progress.wait)
+        if progress.wait is None or progress.rate_per_s:
+            yield "rate", _describe_rate(progress)
         yield "under way", f"{counts.claimed:,} now; {counts.unfinished - counts.claimed:,} wait"
     if batch.ended_at is not None and batch.status.has_ended:
         yield "took", format_duration(batch.ended_at - batch.created_at)
@@ -86,6 +93,8 @@ def _list_facts(progress: BatchProgress, now: float) -> Iterator[tuple[str, str]
     yield "sent to", "the mesh, as prompts" if _is_prompts(batch) else batch.new.endpoint
     if batch.new.owner:
         yield "key", batch.new.owner
+    if progress.errors is not None:
+        yield from _failure_facts(batch, progress.errors)
     retried_count = counts.failed + counts.unfinished
     if batch.status.has_ended and retried_count:
         yield "retry", f"{paste_command('gpumesh batch retry {ID}', ID=batch.id)} sends {retried_count:,} again"
@@ -100,6 +109,23 @@ def _describe_rate(progress: BatchProgress) -> str:
         return "no result in the last minutes; `gpumesh status` shows whether nodes are up"
     left = format_left(progress)
     return f"{format_rate(progress.rate_per_s)}, about {left} left" if left else format_rate(progress.rate_per_s)
+
+
+def _describe_wait(wait: BatchWait) -> str:
+    others = f" and {wait.older_count - 1:,} more" if wait.older_count > 1 else ""
+    return f"behind {wait.running_id}{others}; batches run one after the other"
+
+
+def _failure_facts(batch: Batch, seen: SeenErrors) -> Iterator[tuple[str, str]]:
+    """What most of its failed requests have failed with, and how many of them."""
+    scope = f" of the first {seen.read_count:,}" if batch.counts.failed > seen.read_count else ""
+    shown = seen.errors[:MAX_SHOWN_MESSAGES]
+    for error in shown:
+        yield "failed", f"{error.count:,}{scope}: {shorten(clean_line(error.message), MAX_MESSAGE_LENGTH)}"
+    other_count = seen.read_count - sum(error.count for error in shown)
+    if other_count:
+        command = paste_command("gpumesh batch results {ID} --failed", ID=batch.id)
+        yield "failed", f"{other_count:,}{scope}: other errors; {command} prints all"
 
 
 def _is_prompts(batch: Batch) -> bool:

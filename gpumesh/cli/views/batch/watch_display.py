@@ -86,7 +86,8 @@ class _ProgressLines:
 
 
 def _describe(progress: BatchProgress) -> str:
-    """``24,124 of 50,000, 12 failed, 34/s, 13m left``."""
+    """``24,124 of 50,000, 12 failed, 34/s, 13m left``, or for which batch it waits."""
     left = format_left(progress)
     rate = format_rate(progress.rate_per_s) if progress.rate_per_s else ""
-    return ", ".join(filter(None, [format_done(progress.batch), rate, f"{left} left" if left else ""]))
+    wait = "" if progress.wait is None else f"waits behind {progress.wait.running_id}"
+    return ", ".join(filter(None, [format_done(progress.batch), wait, rate, f"{left} left" if left else ""]))

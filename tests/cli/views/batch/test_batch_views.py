@@ -8,6 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from gpumesh.batches.progress import BatchProgress
+from gpumesh.batches.reasons import BatchWait, SeenError, SeenErrors
 from gpumesh.batches.values import BatchCounts, BatchStatus
 from gpumesh.cli.views.batch.batch_table import print_batches
 from gpumesh.cli.views.batch.batch_view import print_batch
@@ -22,6 +23,13 @@ from gpumesh.cli.views.batch.watch_display import show_watch
 from tests.cli.views.batch.samples import ALL, ENDED, NOW, batch
 
 RUNNING = BatchProgress(ALL[0], 34.2)
+HOSTILE = "status 400: \x1b[31mthe prompt\n" + "x" * 300
+WAITING = BatchProgress(
+    batch(BatchStatus.IN_PROGRESS, counts=BatchCounts(500, 0, 250)),
+    0.0,
+    BatchWait("batch_" + "5" * 24, 3),
+    SeenErrors((SeenError(HOSTILE, 150), SeenError("status 500: out of memory", 40), SeenError("no", 10)), 200),
+)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
@@ -33,7 +41,7 @@ def test_the_views_fit_any_width(
     table = capsys.readouterr().out.splitlines()
     assert "◐ in progress" in table[2]
     assert "48 %" in table[2]
-    for shown in (RUNNING, *map(BatchProgress, ALL)):
+    for shown in (RUNNING, WAITING, *map(BatchProgress, ALL)):
         print_batch(shown, NOW)
     lines = table + capsys.readouterr().out.splitlines()
     assert max(map(cell_len, lines)) <= width
@@ -63,6 +71,26 @@ def test_one_batch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "wrong      line 17: unknown key 'promt'" in text
     assert "… and 130 more lines" in text
+
+
+def test_a_batch_that_waits_and_has_failed_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    print_batch(WAITING, NOW)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == f"waits      behind batch_{'5' * 24} and 2 more; batches run one after the other"
+    assert not any(line.startswith("rate") for line in lines)
+    failed = lines.index(next(line for line in lines if line.startswith("failed")))
+    assert lines[failed].startswith("failed     150 of the first 200: status 400: the prompt xxx")
+    assert lines[failed].endswith("x…")
+    assert [line.strip() for line in lines[failed + 1 : failed + 3]] == [
+        "40 of the first 200: status 500: out of memory",
+        "10 of the first 200: other errors; `gpumesh batch results batch_6f3a --failed` prints all",
+    ]
+    with show_watch(quiet=False) as display:
+        display(WAITING)
+    assert "250 of 500, 250 failed, waits behind batch_5" in capsys.readouterr().err
 
 
 def test_a_batch_that_stands_still_says_so(capsys: pytest.CaptureFixture[str]) -> None:
