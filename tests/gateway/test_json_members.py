@@ -363,9 +363,14 @@ LARGE = {
 }
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("made", LARGE.values(), ids=LARGE.keys())
 def test_a_large_body_is_scanned_in_short_steps(made: Callable[[int], bytes]) -> None:
     body = made(4 * MIB)
+    assert min(_longest_step_s(body) for _ in range(2)) < 0.05, "generous: it is 0.1 to 5 ms"
+
+
+def _longest_step_s(body: bytes) -> float:
     longest, work = 0.0, json_members.scan_members(body)
     model = None
     while model is None:
@@ -376,7 +381,7 @@ def test_a_large_body_is_scanned_in_short_steps(made: Callable[[int], bytes]) ->
             model = end.value.text("model")
         longest = max(longest, time.process_time() - began)
     assert model == "m"
-    assert longest < 0.05, "generous: it is 0.1 to 5 ms"
+    return longest
 
 
 @pytest.mark.parametrize("size", [1 << 14, 1 << 16])

@@ -1,6 +1,7 @@
 import json
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,7 @@ def test_nonsense_from_a_node_is_passed_over(bodies: list[bytes]) -> None:
         assert isinstance(json.loads(merged), dict)
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 def test_a_list_that_is_too_long_is_left_out() -> None:
     many = b'{"models":[' + b",".join([b'{"name":"x"}'] * 1_000_000) + b"]}"
     lists = b'{"models":[' + b",".join([b"[]"] * 4_000_000) + b"]}"

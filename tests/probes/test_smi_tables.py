@@ -227,6 +227,7 @@ def test_a_row_has_all_fields_or_is_not_read(parts: list[str]) -> None:
     assert read["clocks_throttle_reasons.active"] == parts[-1].strip()
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("line", [b"\n", b"0,\n", b", ".join([b"1"] * len(FIELDS)) + b"\n", b"a" * 100, b","])
 def test_endless_output_of_any_kind_is_read_quickly(line: bytes) -> None:
     output = line * ((1 << 20) // len(line))
