@@ -5,11 +5,10 @@
     python benchmarks/several_gateways.py [--gateways 4] [--seconds 15] [--rate 200] [--only NAME …]
 
 The servers are stand-ins with slots (tests/coordination/slot_server.py), which count the requests that wait in them:
-with ``max_parallel`` set to the slots there must be none. Goals (issue 18): nothing waits at 200 requests/s;
-interactive
-requests of one gateway overtake the waiting batch requests of another; the places of a killed gateway are free within
-5 s; no request fails while Redis is stopped, hung or flushed, and coordination is back within 5 s; coordination costs
-a request at most 0.5 ms at p50, and nothing while Redis is away.
+with ``max_parallel`` set to the slots there must be none. Goals: nothing waits at 200 requests/s; interactive requests
+of one gateway overtake the waiting batch requests of another; the places of a killed gateway are free within 5 s; no
+request fails while Redis is stopped, hung or flushed, and coordination is back within 5 s; coordination costs a request
+at most 0.5 ms at p50, and nothing while Redis is away.
 """
 
 from __future__ import annotations
