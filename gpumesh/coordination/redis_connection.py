@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import cache
-from hashlib import sha1
-from importlib import resources
 from typing import Any, NoReturn
 
 from redis.asyncio.connection import AbstractConnection
@@ -19,9 +17,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from gpumesh.coordination.lua_scripts import LuaScript, read_lua_script
 from gpumesh.coordination.redis_urls import RedisAddress, moved_address
 from gpumesh.coordination.timing import Timing
 from gpumesh.event_loop.stall_timeout import stall_timeout
+
+LUA_FILES = ("1_gateways.lua", "2_clients.lua", "3_places.lua", "4_step.lua")
 
 
 class MovedAway(Exception):
@@ -33,12 +34,8 @@ class MovedAway(Exception):
 
 
 @cache
-def read_script() -> tuple[str, str]:
-    """The script, and the SHA-1 hash by which Redis knows it."""
-    folder = resources.files("gpumesh.coordination") / "lua"
-    parts = sorted((part for part in folder.iterdir() if part.name.endswith(".lua")), key=lambda part: part.name)
-    script = "\n".join(part.read_text("utf-8") for part in parts)
-    return script, sha1(script.encode(), usedforsecurity=False).hexdigest()
+def read_script() -> LuaScript:
+    return read_lua_script("gpumesh.coordination", LUA_FILES)
 
 
 class RedisConnection:
@@ -79,7 +76,7 @@ class RedisConnection:
 
     async def step(self, request: bytes) -> bytes:
         """Runs the script once. Raises TimeoutError if Redis does not answer in time."""
-        _, digest = read_script()
+        digest = read_script().digest
         async with stall_timeout(self._timing.answer_s):
             try:
                 answer = await self._ask("EVALSHA", digest, 1, self._prefix, request)
@@ -92,7 +89,7 @@ class RedisConnection:
 
     async def send_last(self, request: bytes) -> None:
         """Lets Redis run a last step without waiting for its answer, even if another step is in flight."""
-        _, digest = read_script()
+        digest = read_script().digest
         await self._steps.send_command("EVALSHA", digest, 1, self._prefix, request)
 
     async def receive(self) -> AsyncGenerator[tuple[str, bytes], None]:
@@ -114,7 +111,7 @@ class RedisConnection:
         await self._published.send_command("PING")
 
     async def _load_script(self) -> None:
-        await self._ask("SCRIPT", "LOAD", read_script()[0])
+        await self._ask("SCRIPT", "LOAD", read_script().text)
 
     async def _ask(self, *command: str | bytes | int) -> Any:
         await self._steps.send_command(*command)

@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = RedisServer(tmp_path_factory.mktemp("redis"))
     asyncio.run(running.start())
     client = running.client()
-    client.script_load(read_script()[0])
+    client.script_load(read_script().text)
     subscriptions = {name: client.pubsub(ignore_subscribe_messages=True) for name in NAMES}  # type: ignore[no-untyped-call]
     for name, subscription in subscriptions.items():
         subscription.subscribe(f"{PREFIX}to:{name}")
@@ -153,7 +153,7 @@ class Gateway:
         return encode_request(step)
 
     def ask(self, data: bytes) -> bytes:
-        answer = self.server.client.evalsha(read_script()[1], 1, PREFIX, data)
+        answer = self.server.client.evalsha(read_script().digest, 1, PREFIX, data)
         assert isinstance(answer, bytes)
         return answer
 

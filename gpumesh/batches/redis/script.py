@@ -7,8 +7,6 @@ whose answer was lost is repeated.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,12 +15,13 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from gpumesh.batches.redis.answers import Argument, encode
 from gpumesh.batches.redis.connections import Connections
+from gpumesh.coordination.lua_scripts import read_lua_script
 from gpumesh.coordination.redis_urls import ReadPassword, read_address
 from gpumesh.errors import BatchConflict, BatchNotFound, BatchStoreError, GPUMeshError
 from gpumesh.event_loop.cancellation import raise_if_cancelled
 from gpumesh.text.printable import printable
 
-LUA_FILES = ("common.lua", "files.lua", "batches.lua", "work.lua")  # in this order: each uses what those before define
+LUA_FILES = ("common.lua", "files.lua", "batches.lua", "work.lua")
 ANSWER_TIMEOUT_S = 5.0
 MAX_CALLS = 4  # at the same time
 KEY_VERSION = 1
@@ -49,8 +48,7 @@ class RedisScript:
         self.description = describe_url(url)
         address = read_address(url, ca_file=ca_file, read_sentinel_password=sentinel_password)
         self._connections = Connections(address, password)
-        self._text = "\n".join((resources.files(__package__) / "lua" / name).read_text("utf-8") for name in LUA_FILES)
-        self._digest = hashlib.sha1(self._text.encode(), usedforsecurity=False).hexdigest()  # as Redis names a script
+        self._text, self._digest = read_lua_script("gpumesh.batches.redis", LUA_FILES)
         self._room = asyncio.Semaphore(MAX_CALLS)
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ from gpumesh.cli.views.console import console
 from gpumesh.cli.views.safe_text import clean_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
 
@@ -81,3 +82,22 @@ def show_progress(total: int, title: str, *, quiet: bool) -> Iterator[ProgressDi
     # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
     with Progress(*columns, console=out, transient=True, redirect_stdout=False) as bar:
         yield _ShownBar(bar, bar.add_task(title, total=total, note=""))
+
+
+@contextmanager
+def show_text_bar(stderr: Console, *, bar_width: int, least_width: int) -> Iterator[Progress]:
+    """Shows one task on the terminal ``stderr``: its description, a bar of ``bar_width`` characters, and its field
+    ``note``. A terminal of less than ``least_width`` characters has room for the texts alone."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+    from rich.table import Column
+
+    def text_column(text: str) -> TextColumn:
+        return TextColumn(text, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+
+    columns: list[ProgressColumn] = [SpinnerColumn("line"), text_column("{task.description}")]
+    if stderr.width >= least_width:
+        columns.append(BarColumn(bar_width=bar_width))
+    columns.append(text_column("{task.fields[note]}"))
+    # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
+    with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bar:
+        yield bar

@@ -23,7 +23,6 @@ from gpumesh.gateway.http.errors import BadRequest, TooManyRequests, body_too_la
 from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
 
-BATCHES_PATH = "/v1/batches"
 DEFAULT_LIMIT, MAX_LIMIT = 20, 100  # batches of one page, as in OpenAI's API
 MAX_OPEN_BATCHES = 200  # of one key: a client must not fill the store
 MAX_DOCUMENT_BYTES = 64 << 10  # metadata may have 10 KiB

@@ -28,7 +28,6 @@ from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
 from gpumesh.gateway.http.streaming_response import StreamingResponse
 
-FILES_PATH = "/v1/files"
 DEFAULT_LIMIT = MAX_LIMIT = 10_000  # files of one page, as in OpenAI's API
 MAX_OWNER_BYTES = 8 << 30  # of the files that one key has stored: a client must not fill the disk
 MAX_OWNER_FILES = 10_000

@@ -11,6 +11,7 @@ import typer
 from gpumesh.batches.progress import BatchProgress
 from gpumesh.cli.views.batch.texts import format_done, format_left, format_rate, format_status
 from gpumesh.cli.views.console import console
+from gpumesh.cli.views.progress_bar import show_text_bar
 from gpumesh.cli.views.safe_text import clean_line
 
 if TYPE_CHECKING:
@@ -36,18 +37,7 @@ def show_watch(*, quiet: bool) -> Iterator[WatchDisplay]:
     if not stderr.is_terminal:
         yield _ProgressLines()
         return
-    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
-    from rich.table import Column
-
-    def text_column(text: str) -> TextColumn:
-        return TextColumn(text, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-
-    columns: list[ProgressColumn] = [SpinnerColumn("line"), text_column("{task.description}")]
-    if stderr.width >= LEAST_WIDTH_WITH_BAR:
-        columns.append(BarColumn(bar_width=20))
-    columns.append(text_column("{task.fields[note]}"))
-    # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
-    with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bar:
+    with show_text_bar(stderr, bar_width=20, least_width=LEAST_WIDTH_WITH_BAR) as bar:
         yield _ProgressBar(bar)
 
 
