@@ -84,6 +84,52 @@ def free_port() -> int:
         return port
 
 
+@asynccontextmanager
+async def redis_cluster(folder: Path) -> AsyncIterator[tuple[RedisServer, RedisServer]]:
+    """A Redis Cluster of two servers with ports. The second one has all keys."""
+    ports, bus_ports = (free_port(), free_port()), (free_port(), free_port())
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
+    async with (
+        redis_server(folder / "one", *options, str(bus_ports[0]), port=ports[0]) as first,
+        redis_server(folder / "two", *options, str(bus_ports[1]), port=ports[1]) as second,
+    ):
+        clients = first.client(), second.client()
+        clients[1].cluster("ADDSLOTSRANGE", 0, 16383)
+        clients[0].cluster("MEET", "127.0.0.1", ports[1], bus_ports[1])
+        await wait_until(lambda: all(map(_is_in_a_cluster, clients)), "it is a cluster")
+        for client in clients:
+            client.close()
+        yield first, second
+
+
+def _is_in_a_cluster(client: redis.Redis) -> bool:
+    return bool(client.cluster("INFO").get("cluster_state") == "ok")
+
+
+@asynccontextmanager
+async def redis_sentinel(folder: Path, port: int, *lines: str) -> AsyncIterator[None]:
+    """A Sentinel at ``port`` with these lines in its file. It may not listen yet."""
+    config = folder / "sentinel.conf"
+    config.write_text("".join(f"{line}\n" for line in (f"port {port}", *lines)))
+    binary = program("redis-server")
+    assert binary is not None
+    process = await asyncio.create_subprocess_exec(binary, str(config), "--sentinel", stdout=asyncio.subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def failover_lines(master_port: int) -> tuple[str, ...]:
+    """Lets a Sentinel watch the master ``main`` at this port, and replace it soon."""
+    return (
+        f"sentinel monitor main 127.0.0.1 {master_port} 1",
+        "sentinel down-after-milliseconds main 300",
+        "sentinel failover-timeout main 3000",
+    )
+
+
 async def redis_cli(server: RedisServer, *arguments: str) -> str:
     """What redis-cli prints for a command."""
     binary = program("redis-cli")

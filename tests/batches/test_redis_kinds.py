@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-import redis
 
 from gpumesh.batches.redis.script import describe_url
 from gpumesh.batches.redis.store import RedisBatchStore
@@ -15,7 +15,7 @@ from gpumesh.batches.values import BatchStatus
 from gpumesh.errors import BatchStoreError
 from tests.batches.stores import LONG_S, answers, start_batch
 from tests.prerequisites import needs
-from tests.redis_server import free_port, redis_server
+from tests.redis_server import failover_lines, free_port, redis_cluster, redis_sentinel, redis_server
 from tests.tunnels.polling import wait_until
 
 # As in docs/how-to/several-gateways.md.
@@ -77,29 +77,15 @@ async def test_over_tls_with_a_user_of_few_rights(tmp_path: Path) -> None:
                 await store.list_files()
 
 
-def is_in_a_cluster(client: redis.Redis) -> bool:
-    return bool(client.cluster("INFO").get("cluster_state") == "ok")
-
-
 @pytest.mark.real
 @needs("redis-server")
 async def test_a_redis_cluster(tmp_path: Path) -> None:
     """The store is told of a server that does not have its keys."""
-    ports, bus_ports = (free_port(), free_port()), (free_port(), free_port())
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
-    async with (
-        redis_server(tmp_path / "one", *options, str(bus_ports[0]), port=ports[0]) as first,
-        redis_server(tmp_path / "two", *options, str(bus_ports[1]), port=ports[1]) as second,
-    ):
-        one, two = first.client(), second.client()
-        two.cluster("ADDSLOTSRANGE", 0, 16383)
-        one.cluster("MEET", "127.0.0.1", ports[1], bus_ports[1])
-        await wait_until(lambda: all(map(is_in_a_cluster, (one, two))), "it is a cluster")
-        async with open_store(f"redis://127.0.0.1:{ports[0]}/0") as store:
-            await work_on_a_batch(store)
-            assert len(two.keys()) > 0
-        one.close()
-        two.close()
+    async with redis_cluster(tmp_path) as (first, second), open_store(f"redis://127.0.0.1:{first.port}/0") as store:
+        await work_on_a_batch(store)
+        client = second.client()
+        assert len(client.keys()) > 0
+        client.close()
 
 
 @pytest.mark.slow
@@ -107,44 +93,34 @@ async def test_a_redis_cluster(tmp_path: Path) -> None:
 @needs("redis-server")
 async def test_a_batch_goes_on_after_a_failover(tmp_path: Path) -> None:
     ports = free_port(), free_port(), free_port()
-    sentinel = tmp_path / "sentinel.conf"
-    sentinel.write_text(
-        f"port {ports[2]}\nsentinel monitor main 127.0.0.1 {ports[0]} 1\n"
-        "sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 3000\n"
-    )
     replica_of = ("--replicaof", f"127.0.0.1 {ports[0]}")
     async with (
         redis_server(tmp_path / "one", port=ports[0]) as first,
         redis_server(tmp_path / "two", *replica_of, port=ports[1]) as second,
         open_store(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{ports[2]}/main/0") as store,
     ):
-        replica = second.client()
-        await wait_until(lambda: replica.info("replication").get("master_link_status") == "up", "the replica is there")
-        process = await asyncio.create_subprocess_exec(
-            "redis-server", str(sentinel), "--sentinel", stdout=asyncio.subprocess.DEVNULL
-        )
-        try:
-            await asyncio.sleep(1.5)  # until the sentinel knows the replica
-            batch = await start_batch(store, 3)
-            claims = await store.claim("w", 2, lease_s=LONG_S)
-            await store.record("w", answers(claims[:1]))
-            master = first.client()
-            assert master.wait(1, 5000) == 1, "the replica has it all"
-            master.close()
-            first.stop()
-            with pytest.raises(BatchStoreError):
-                await store.get_batch(batch.id)
-            await wait_until(lambda: replica.info("replication")["role"] == "master", "it is the master")
-            async with asyncio.timeout(30.0):
-                while True:
-                    try:
-                        assert await store.record("w", answers(claims)) == 1
-                        break
-                    except BatchStoreError:
-                        await asyncio.sleep(0.05)
-            await store.record("w", answers(await store.claim("w", 9, lease_s=LONG_S)))
-            assert (await store.get_batch(batch.id)).status is BatchStatus.COMPLETED
-        finally:
-            process.kill()
-            await process.wait()
-            replica.close()
+        with closing(second.client()) as replica:
+            await wait_until(
+                lambda: replica.info("replication").get("master_link_status") == "up", "the replica is there"
+            )
+            async with redis_sentinel(tmp_path, ports[2], *failover_lines(ports[0])):
+                await asyncio.sleep(1.5)  # until the sentinel knows the replica
+                batch = await start_batch(store, 3)
+                claims = await store.claim("w", 2, lease_s=LONG_S)
+                await store.record("w", answers(claims[:1]))
+                master = first.client()
+                assert master.wait(1, 5000) == 1, "the replica has it all"
+                master.close()
+                first.stop()
+                with pytest.raises(BatchStoreError):
+                    await store.get_batch(batch.id)
+                await wait_until(lambda: replica.info("replication")["role"] == "master", "it is the master")
+                async with asyncio.timeout(30.0):
+                    while True:
+                        try:
+                            assert await store.record("w", answers(claims)) == 1
+                            break
+                        except BatchStoreError:
+                            await asyncio.sleep(0.05)
+                await store.record("w", answers(await store.claim("w", 9, lease_s=LONG_S)))
+                assert (await store.get_batch(batch.id)).status is BatchStatus.COMPLETED

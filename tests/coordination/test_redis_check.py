@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from gpumesh.errors import GPUMeshError
 from gpumesh.topology import RedisSpec
 from tests.coordination.redis_server import free_port, gateway, redis_server
 from tests.prerequisites import needs
+from tests.redis_server import redis_sentinel
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, needs("redis-server")]
@@ -72,22 +72,17 @@ async def test_the_user_of_the_documentation_may_do_all_that_is_needed(
 async def test_sentinels_may_have_a_password_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SENTINEL_WORD", "open-sesame")
     ports = free_port(), free_port()
-    sentinel = tmp_path / "sentinel.conf"
-    sentinel.write_text(f"port {ports[1]}\nrequirepass open-sesame\nsentinel monitor main 127.0.0.1 {ports[0]} 1\n")
+    lines = ("requirepass open-sesame", f"sentinel monitor main 127.0.0.1 {ports[0]} 1")
     url = f"redis+sentinel://127.0.0.1:{ports[1]}/main/0"
-    async with redis_server(tmp_path / "one", "--appendonly", "yes", port=ports[0]):
-        process = await asyncio.create_subprocess_exec(
-            "redis-server", str(sentinel), "--sentinel", stdout=asyncio.subprocess.DEVNULL
-        )
-        try:
-            await wait_until(lambda: _listens(ports[1]), "the sentinel listens")
-            report = await check_redis(RedisSpec(url, sentinel_password_env="SENTINEL_WORD"), "home")
-            assert report.problems == ()
-            with pytest.raises(GPUMeshError, match=r"(?i)auth"):
-                await check_redis(RedisSpec(url), "home")
-        finally:
-            process.kill()
-            await process.wait()
+    async with (
+        redis_server(tmp_path / "one", "--appendonly", "yes", port=ports[0]),
+        redis_sentinel(tmp_path, ports[1], *lines),
+    ):
+        await wait_until(lambda: _listens(ports[1]), "the sentinel listens")
+        report = await check_redis(RedisSpec(url, sentinel_password_env="SENTINEL_WORD"), "home")
+        assert report.problems == ()
+        with pytest.raises(GPUMeshError, match=r"(?i)auth"):
+            await check_redis(RedisSpec(url), "home")
 
 
 def _listens(port: int) -> bool:

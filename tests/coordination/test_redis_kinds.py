@@ -15,6 +15,7 @@ from gpumesh.coordination.redis_urls import moved_address, read_address
 from gpumesh.errors import UsageError
 from tests.coordination.redis_server import free_port, gateway, redis_server, request
 from tests.prerequisites import needs
+from tests.redis_server import failover_lines, redis_cluster, redis_sentinel
 from tests.tunnels.polling import wait_until
 
 # What a user of Redis must be allowed to do: docs/how-to/several-gateways.md has the same list.
@@ -97,11 +98,6 @@ async def test_over_tls_with_a_user(tmp_path: Path) -> None:
 @needs("redis-server")
 async def test_sentinel_tells_the_new_master_after_a_failover(tmp_path: Path) -> None:
     ports = free_port(), free_port(), free_port()
-    sentinel = tmp_path / "sentinel.conf"
-    sentinel.write_text(
-        f"port {ports[2]}\nsentinel monitor main 127.0.0.1 {ports[0]} 1\n"
-        "sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 3000\n"
-    )
     url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{ports[2]}/main/0"
     replica_of = ("--replicaof", f"127.0.0.1 {ports[0]}")
     async with (
@@ -111,39 +107,27 @@ async def test_sentinel_tells_the_new_master_after_a_failover(tmp_path: Path) ->
         await wait_until(
             lambda: first.client().info("replication").get("connected_slaves") == 1, "the replica is there"
         )
-        process = await asyncio.create_subprocess_exec(
-            "redis-server", str(sentinel), "--sentinel", stdout=asyncio.subprocess.DEVNULL
-        )
-        try:
-            async with gateway(url) as one, gateway(url) as two:
-                assert await one.take()
-                assert not await two.take()
-                await asyncio.sleep(1.5)  # until the sentinel knows the replica
-                first.stop()
-                assert await two.take(), "it goes on alone"
-                await wait_until(lambda: second.client().info("replication")["role"] == "master", "it is the master")
-                await wait_until(lambda: one.is_joined and two.is_joined and not two.problem, "both are there")
-                assert second.client().hlen("gpumesh:1:{mesh}:gateways") == 2
-        finally:
-            process.kill()
-            await process.wait()
+        async with (
+            redis_sentinel(tmp_path, ports[2], *failover_lines(ports[0])),
+            gateway(url) as one,
+            gateway(url) as two,
+        ):
+            assert await one.take()
+            assert not await two.take()
+            await asyncio.sleep(1.5)  # until the sentinel knows the replica
+            first.stop()
+            assert await two.take(), "it goes on alone"
+            await wait_until(lambda: second.client().info("replication")["role"] == "master", "it is the master")
+            await wait_until(lambda: one.is_joined and two.is_joined and not two.problem, "both are there")
+            assert second.client().hlen("gpumesh:1:{mesh}:gateways") == 2
 
 
 @pytest.mark.real
 @needs("redis-server")
 async def test_a_server_of_a_redis_cluster_sends_to_the_right_one(tmp_path: Path) -> None:
-    ports, bus_ports = (free_port(), free_port()), (free_port(), free_port())
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
-    async with (
-        redis_server(tmp_path / "one", *options, str(bus_ports[0]), port=ports[0]) as first,
-        redis_server(tmp_path / "two", *options, str(bus_ports[1]), port=ports[1]) as second,
-    ):
-        one, two = first.client(), second.client()
-        two.cluster("ADDSLOTSRANGE", 0, 16383)
-        one.cluster("MEET", "127.0.0.1", ports[1], bus_ports[1])
-        await wait_until(lambda: one.cluster("INFO").get("cluster_state") == "ok", "it is a cluster")
-        url = f"redis://127.0.0.1:{ports[0]}/0"
-        async with gateway(url) as left, gateway(f"redis://127.0.0.1:{ports[1]}/0") as right:
+    async with redis_cluster(tmp_path) as (first, second):
+        url = f"redis://127.0.0.1:{first.port}/0"
+        async with gateway(url) as left, gateway(f"redis://127.0.0.1:{second.port}/0") as right:
             assert await left.take()
             assert not await right.take()
             assert left.problem == right.problem == ""
